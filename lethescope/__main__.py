@@ -1,0 +1,7 @@
+"""`python -m lethescope` is the command line."""
+
+import sys
+
+from lethescope.cli import main
+
+sys.exit(main())

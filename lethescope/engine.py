@@ -1,0 +1,34 @@
+"""Where cells are computed: here, one after the other, or by Ray on many GPUs or machines."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+from lethescope.errors import InputError
+
+
+def run(
+    function: Callable[[Any], Any], cells: Sequence[Any], *, engine: Literal["local", "ray"] = "local"
+) -> Iterator[Any]:
+    """Yield `function(cell)` for every cell, in order.
+
+    `local` computes them one by one, so that a stopped run has whole cells behind it. `ray` hands them all to Ray
+    (`pip install lethescope[ray]`), which knows about GPUs and machines; every worker loads what the function needs.
+
+    Raises:
+        InputError: Ray is asked for and not installed, or the engine is unknown.
+    """
+    if engine == "local":
+        yield from map(function, cells)
+        return
+    if engine != "ray":
+        raise InputError(f"unknown engine {engine!r}; use local or ray")
+    try:
+        import ray
+    except ImportError as error:
+        raise InputError("the ray engine needs Ray: pip install 'lethescope[ray]'") from error
+    if not ray.is_initialized():
+        ray.init(include_dashboard=False, log_to_driver=False)
+    shared = ray.put(function)  # once, not with every cell: it carries the models
+    call = ray.remote(lambda function, cell: function(cell))
+    for result in [call.remote(shared, cell) for cell in cells]:
+        yield ray.get(result)

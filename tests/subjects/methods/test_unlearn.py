@@ -1,0 +1,144 @@
+import copy
+import math
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from lethescope.errors import InputError
+from lethescope.facts import of_split
+from lethescope.subjects.methods import METHODS, unlearn
+from lethescope.subjects.planted import said
+
+
+def run(toy, **options):
+    model = copy.deepcopy(toy.model)
+    forget, retain = of_split(toy.facts, "forget"), of_split(toy.facts, "retain")
+    settings = {"steps": 4, "lr": 1e-3, "batch_size": 8, "progress": False} | options
+    assert unlearn(model, forget, retain, tokenizer=toy.tokenizer, **settings) is model
+    return model
+
+
+def weights(model):
+    return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+
+
+def equal(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_the_same_seed_gives_the_same_weights(toy, method, lora):
+    torch.manual_seed(0)
+    first = weights(run(toy, method=method, lora=lora))
+    torch.manual_seed(1)
+    assert equal(first, weights(run(toy, method=method, lora=lora)))
+    assert not equal(first, weights(run(toy, method=method, lora=lora, seed=1)))
+    assert not equal(first, weights(toy.model))
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_forget_goes_down_and_retain_stays(taught, method, lora):
+    model = run(taught, method=method, steps=60, lr=2e-2 if lora else 3e-3, lora=lora, alpha=5.0)
+    forget, retain = (of_split(taught.facts, split) for split in ("forget", "retain"))
+    before = said(taught.model, taught.tokenizer, forget).probability
+    assert said(model, taught.tokenizer, forget).probability < 0.2 * before
+    assert said(model, taught.tokenizer, retain).exact > 0.8
+
+
+def test_adapters_are_merged_and_only_linear_layers_change(toy):
+    model = run(toy, lora=True)
+    before, after = weights(toy.model), weights(model)
+    assert before.keys() == after.keys()
+    assert not any("lora" in name for name, _ in model.named_modules())
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all(name.endswith("_proj.weight") for name in changed)
+    deltas = [after[name] - before[name] for name in changed]
+    assert max(torch.linalg.matrix_rank(delta, rtol=1e-4).item() for delta in deltas) <= 8
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_mode_flags_gradients_and_random_state_are_put_back(toy, lora):
+    toy.model.requires_grad_(False).train()
+    torch.manual_seed(5)
+    expected = torch.rand(2)
+    torch.manual_seed(5)
+    model = run(toy, lora=lora)
+    assert torch.equal(torch.rand(2), expected)
+    assert model.training and not any(p.requires_grad or p.grad is not None for p in model.parameters())
+
+
+def test_conv1d_models_can_be_unlearned(toy):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = GPT2Config(vocab_size=len(toy.tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
+        toy.model = GPT2LMHeadModel(config).train()
+    for lora in (False, True):
+        first, again = run(toy, lora=lora), run(toy, lora=lora)
+        assert equal(weights(first), weights(again)), "dropout must be off"
+        assert not equal(weights(first), weights(toy.model))
+
+
+def test_a_new_method_is_one_module_with_a_loss(toy, monkeypatch):
+    from types import ModuleType
+
+    seen = []
+
+    def loss(model, forget, retain, *, start, weight=1.0):
+        assert not any(p.requires_grad for p in start.parameters())
+        seen.append((forget.answer_mask.shape[0], retain.answer_mask.shape[0], weight))
+        return weight * model(**forget.inputs()).logits.square().mean()
+
+    module = ModuleType("small")
+    module.loss = loss
+    monkeypatch.setitem(METHODS, "small", module)
+    run(toy, method="small", weight=0.5, steps=3, batch_size=5)
+    assert seen == [(5, 5, 0.5)] * 3
+
+
+def test_every_example_comes_once_before_any_comes_again(toy, monkeypatch):
+    from types import ModuleType
+
+    rows = []
+
+    def loss(model, forget, retain):
+        pairs = zip(forget.input_ids, forget.attention_mask, strict=True)
+        rows.extend(tuple(ids[mask.bool()].tolist()) for ids, mask in pairs)
+        return model(**retain.inputs()).logits.mean()
+
+    module = ModuleType("watch")
+    module.loss = loss
+    monkeypatch.setitem(METHODS, "watch", module)
+    run(toy, method="watch", steps=10, batch_size=7)
+    examples = sum(1 + len(f.paraphrases) for f in of_split(toy.facts, "forget"))
+    assert examples == 32
+    assert len(set(rows[:examples])) == examples and set(rows[examples : 2 * examples]) == set(rows[:examples])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": "magic"}, "graddiff, npo"),
+        ({"bta": 0.1}, "no option 'bta'; the nearest is 'beta'"),
+        ({"start": None}, "no option 'start'"),
+        ({"lr": math.inf}, "not finite|loss is"),
+    ],
+)
+def test_bad_settings_are_refused_in_one_line(toy, options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        run(toy, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_empty_splits_are_refused(toy):
+    with pytest.raises(InputError, match="no forget facts"):
+        unlearn(toy.model, (), toy.facts, tokenizer=toy.tokenizer)
+    with pytest.raises(InputError, match="no retain facts"):
+        unlearn(toy.model, toy.facts, (), tokenizer=toy.tokenizer)
+
+
+def test_half_precision_is_refused(toy):
+    with pytest.raises(InputError, match=r"model\.float\(\)"):
+        unlearn(toy.model.half(), toy.facts, toy.facts, tokenizer=toy.tokenizer)
