@@ -75,9 +75,15 @@ def compressed(model: Model, change: Callable[[Tensor], Tensor]) -> Generator[No
                 weight.copy_(before)
 
 
-def linear_weights(model: Model) -> list[Tensor]:
-    """Return the matrices of the blocks (all weights with two dims, so GPT-2's Conv1D too)."""
-    return [p for block in model.blocks for p in block.parameters() if p.ndim == 2]
+def linear_weights(model: Model) -> list[Float[Tensor, "out in"]]:
+    """Return the matrices of the blocks, outputs first (of GPT-2's Conv1D, which has inputs first, the transpose)."""
+    modules = [module for block in model.blocks for module in block.modules()]
+    return [
+        p.detach().mT if type(module).__name__ == "Conv1D" else p.detach()
+        for module in modules
+        for p in module.parameters(recurse=False)
+        if p.ndim == 2
+    ]
 
 
 def compressor(setting: str, group: int) -> Callable[[Tensor], Tensor]:
@@ -126,7 +132,7 @@ def nf4(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
 CHANNEL = Channel(
     name="compress",
     measure=measure,
-    version=1,
+    version=2,
     scale="probability",
     citation="Zhang et al. 2024 (arXiv 2410.16454)",
     budgets={

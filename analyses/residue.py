@@ -54,8 +54,9 @@ def residue(
     With v the value of a fact at a place and n the null there, the excess is e = v - n, and the residue is
     `sum_i e_role(i) / sum_i e_original(i)` over forget facts: 0 = as if never taught, 1 = as in the original. The null
     of a place is the highest of: the mean of the references on the same facts, the same model's mean on control facts,
-    and the channel's own null (`null_score`). Intervals are percentile bootstrap over subjects (forget and control
-    drawn apart), given the chosen places.
+    and the channel's own null (`null_score`). Control subjects are dealt into folds too, so that a place is not chosen
+    because the control facts that it is read against happen to be low there. Intervals are percentile bootstrap over
+    subjects (forget and control drawn apart), given the chosen places.
 
     Args:
         measured: role -> Measurement with `score(fact, candidate, place)`.
@@ -67,7 +68,7 @@ def residue(
     Returns:
         The residue; not testable, with NaN, where the original itself shows nothing or no fact has a value.
     """
-    table = _Table.of(measured, role)
+    table = _Table.of(measured, role, seed)
     if table is None:
         return _untestable(measured, role)
     with warnings.catch_warnings():
@@ -75,8 +76,7 @@ def residue(
         gain_original = table.excess("original")
         mean = np.nanmean(gain_original, 0)
         allowed = np.isfinite(mean) & (mean >= SHOWS * np.nanmax(mean))
-        fold = folds(table.subjects, seed)
-        place = crossfit_place(table.excess(role), fold, allowed)
+        place = crossfit_place(table.excess(role), table.fold, allowed)
         drawn = table.draw(role, place, seed), table.draw("original", place, seed)
     estimates = [d[0] for d in drawn]
     draws = [d[1:] for d in drawn]
@@ -110,9 +110,10 @@ class _Table:
     paired_null: Array | None
     own_null: Array | None
     control: dict[str, tuple[Array, list[str]]]
+    seed: int
 
     @classmethod
-    def of(cls, measured: Mapping[str, xr.Dataset], role: str) -> "_Table | None":
+    def of(cls, measured: Mapping[str, xr.Dataset], role: str, seed: int) -> "_Table | None":
         base = measured["original"]
         values = {name: value(ds).transpose("fact", "place") for name, ds in measured.items()}
         forget = {name: v.where(v["split"] == "forget", drop=True) for name, v in values.items()}
@@ -144,13 +145,24 @@ class _Table:
                 )
                 for name, source in stand_in.items()
             },
+            seed,
         )
 
+    @property
+    def fold(self) -> NDArray[np.intp]:
+        """The fold of each forget fact."""
+        return folds(self.subjects, self.seed)
+
+    def control_level(self, role: str) -> Array:
+        """Mean of the control facts of each fact's own fold, per place; of all of them where the fold has none."""
+        control, subjects = self.control[role]
+        dealt = folds(subjects, self.seed)
+        level = {f: np.nanmean(control[dealt == f] if (dealt == f).any() else control, 0) for f in set(self.fold)}
+        return np.stack([level[f] for f in self.fold])
+
     def nulls(self, role: str) -> list[tuple[str, Array]]:
-        """Every null there is, as (name, per fact and place); the control split's is one level for all facts."""
-        shape = (len(self.facts), 1)
-        control = self.control[role][0]
-        level = np.tile(np.nanmean(control, 0), shape) if len(control) else None
+        """Every null there is, as (name, per fact and place); the control split's is one level for each fold."""
+        level = self.control_level(role) if len(self.control[role][0]) else None
         named = [("reference", self.paired_null), ("control", level), ("own", self.own_null)]
         return [(name, array) for name, array in named if array is not None and np.isfinite(array).any()]
 
@@ -181,11 +193,13 @@ class _Table:
         if not held.any():
             return mean
         again = np.concatenate([np.ones((1, len(control))), cluster_weights(subjects, seed + 1, DRAWS)])
-        used, share = np.unique(place[held & known], return_counts=True)
-        for p, n in zip(used, share / known.sum(), strict=True):
+        dealt = folds(subjects, self.seed)
+        for p in np.unique(place[held & known]):
+            read = held & known & (place == p)
             there = np.isfinite(control[:, p])
+            there &= np.isin(dealt, self.fold[read]) if np.isin(dealt[there], self.fold[read]).any() else True
             level = again[:, there] @ control[there, p] / again[:, there].sum(1)
-            mean = mean - n * (level - level[0])
+            mean = mean - read.sum() / known.sum() * (level - level[0])
         return mean
 
     def null_levels(self, role: str, place: NDArray[np.intp]) -> dict[str, float]:

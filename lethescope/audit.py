@@ -14,6 +14,7 @@ from lethescope.channel import BUDGETS, Channel
 from lethescope.errors import InputError
 from lethescope.facts import Fact, Facts, check_facts, facts_hash, read_facts
 from lethescope.models import Model, load
+from lethescope.scoring import candidates
 from lethescope.summary import VERSION, as_json, evidence, findings, summarise
 
 CHANNELS: dict[str, Channel] = {**probes.CHANNELS, **analyses.CHANNELS}
@@ -155,6 +156,7 @@ def audit(
         tokens = models["original"].tokenizer
         asked = read_facts(facts, template=template, tokenizer=tokens, forget=forget)
     _check_shapes(chosen, models)
+    _check_words(models, asked)
     for model in models.values():
         fidelity.check_model(model, asked)
     fidelity.check_pair(models["original"], models["unlearned"])
@@ -208,6 +210,18 @@ def _check_shapes(chosen: list[Channel], models: dict[str, Model]) -> None:
         f"original and {other} have different {what}, so {', '.join(barred)} cannot exchange their states; "
         f"what still can be run: --channels {left}"
     )
+
+
+def _check_words(models: dict[str, Model], facts: Facts) -> None:
+    """Tokenise everything that will be asked, so that a fact without tokens is refused before anything is written.
+
+    Raises:
+        InputError: a prompt or an answer tokenises to nothing or to other words; the fact is named.
+    """
+    prompts = 1 + max(len(fact.paraphrases) for fact in facts)
+    for tokenizer in {model.vocabulary: model.tokenizer for model in models.values()}.values():
+        for n in range(prompts):
+            candidates(tokenizer, facts, prompt=n, most=None if n == 0 else 0)
 
 
 def _identity(models: dict[str, Model], facts: Facts, chosen: list[Channel], budget: str, seed: int) -> dict[str, Any]:

@@ -10,9 +10,14 @@ from tqdm.auto import tqdm
 from lethescope import engine as engines
 from lethescope import measurement, runs
 from lethescope.channel import Channel
+from lethescope.errors import InputError
 from lethescope.facts import Facts, facts_hash
 from lethescope.models import Model
 from lethescope.subjects.planted import PLANTED
+
+
+class NotPlanted(Exception):
+    """A planted copy could not be made to fall silent; its channels are blind, and the audit goes on."""
 
 
 class Cell(NamedTuple):
@@ -44,13 +49,24 @@ class Bench:
         if role not in self.made:
             original = self.models["original"]
             plant = PLANTED[role.removeprefix("planted-")]
-            module = plant(original.module, original.tokenizer, self.facts)
+            try:
+                module = plant(original.module, original.tokenizer, self.facts)
+            except InputError as error:
+                raise NotPlanted(str(error)) from error
             self.made[role] = Model(module, original.tokenizer, role, f"made from {original.path}")
         return self.made[role]
 
-    def measure(self, cell: Cell) -> xr.Dataset:
-        """Return the Measurement of a cell, from the store or computed now."""
-        return self.store.cell(cell.channel.name, cell.role, runs.key(**self._parts(cell)), lambda: self._compute(cell))
+    def measure(self, cell: Cell) -> xr.Dataset | None:
+        """Return the Measurement of a cell, from the store or computed now; None where its copy cannot be planted.
+
+        Raises:
+            InputError: the measurement itself cannot be made.
+        """
+        try:
+            key = runs.key(**self._parts(cell))
+            return self.store.cell(cell.channel.name, cell.role, key, lambda: self._compute(cell))
+        except NotPlanted:
+            return None
 
     def _given(self, cell: Cell) -> Facts:
         """The splits that the channel uses; only the original and the unlearned model need their own control split."""
@@ -107,7 +123,8 @@ def measure_all(
     with tqdm(total=len(cells), desc="audit", unit="cell", disable=hidden, leave=False) as bar:
         bar.set_postfix_str(_name(cells[0]))
         for i, ds in enumerate(engines.run(bench.measure, cells, engine=engine)):
-            found[cells[i].channel.name, cells[i].role] = ds
+            if ds is not None:
+                found[cells[i].channel.name, cells[i].role] = ds
             bar.set_postfix_str(_name(cells[min(i + 1, len(cells) - 1)]), refresh=False)
             bar.update()
     return found

@@ -118,7 +118,10 @@ class replacing:
         self.temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
 
     def __enter__(self) -> Path:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {self.path.parent}: {error.strerror or error}") from error
         return self.temporary
 
     def __exit__(self, kind: Any, error: BaseException | None, _trace: Any) -> None:

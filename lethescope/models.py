@@ -181,7 +181,7 @@ def load(
         if tokenizer is None:
             raise InputError(f"the {role} model is a live module without a tokenizer; give tokenizer=…")
         return Model(ref.eval(), tokenizer, role)
-    place = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+    place = _place(device)
     kind = _dtype(dtype, place)
     path, ref = Path(str(ref)).expanduser(), str(ref)
     options = {"dtype": kind, "device_map": device_map, "trust_remote_code": trust_remote_code}
@@ -198,6 +198,14 @@ def load(
     model = Model(module, tokenizer or _tokenizer(found, ref, role), role, ref, path.suffix == ".gguf")
     _ = model.fingerprint  # refuses weights that are not finite, here rather than in the middle of an audit
     return model
+
+
+def _place(device: str) -> torch.device:
+    name = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    try:
+        return torch.empty(0, device=name).device
+    except Exception as error:
+        raise InputError(f"device {name!r} cannot be used here ({_first_line(error)}); use auto or cpu") from error
 
 
 def _dtype(dtype: str | torch.dtype, place: torch.device) -> torch.dtype:
@@ -241,9 +249,14 @@ def _load_plain(ref: str, role: str, options: dict[str, Any]) -> Any:
 def _load_adapter(path: Path, role: str, options: dict[str, Any]) -> tuple[Any, str]:
     from peft import PeftModel
 
-    base = json.loads((path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path") or ""
-    beside = path / base
-    base = str(beside) if beside.is_dir() else base
+    try:
+        told = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        base = str(told["base_model_name_or_path"])
+    except (ValueError, LookupError, TypeError) as error:
+        raise InputError(
+            f"{role} model: {path / 'adapter_config.json'} does not name a base model ({error})"
+        ) from error
+    base = str(path / base) if (path / base).exists() else base
     if base.endswith(".gguf"):
         module, found = _load_gguf(Path(base), role, options)
     else:

@@ -30,7 +30,7 @@ class Store:
         for place in (folder, cache):
             if place is not None and place.is_dir():
                 for left in place.glob(".*.tmp"):
-                    left.unlink()
+                    left.unlink(missing_ok=True)
 
     def cell(self, channel: str, role: str, key: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
         """Return the Measurement of a channel on a role with this key, computed now if it is not there yet."""
@@ -75,7 +75,7 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; --out needs a folder")
     if path.is_file():
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = _read_manifest(path)
         differ = [k for k in manifest if there.get(k) != json.loads(json.dumps(manifest[k], default=str))]
         if differ:
             raise InputError(f"{folder} holds another audit (other {', '.join(differ)}); give a new --out folder")
@@ -85,15 +85,18 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
     write_text(path, json.dumps(manifest, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{path} is not readable ({error}); give a new --out folder") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file under a temporary name, then rename.
 
     Raises:
         InputError: the folder cannot be written.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {path.parent}: {error.strerror}") from error
     with measurement.replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -15,6 +15,8 @@ from lethescope.channel import Channel
 from lethescope.facts import Facts, facts_hash, of_split, split_counts
 from lethescope.measurement import value
 from lethescope.models import Model
+from lethescope.statistics import Interval
+from lethescope.subjects.planted import PLANTED
 
 VERSION = version("lethescope")
 NEVER_TRIED = (
@@ -26,6 +28,9 @@ NEVER_TRIED = (
 )
 """Ways to bring knowledge back that this version has no channel for; every verdict names them."""
 
+UNKNOWN = Interval(float("nan"), float("nan"), float("nan"))
+"""The residue of a copy that could not be planted."""
+
 Measured = Mapping[tuple[str, str], xr.Dataset]
 
 
@@ -36,8 +41,10 @@ def findings(chosen: Sequence[Channel], seed: int, measured: Measured) -> dict[s
     for name in (channel.name for channel in chosen):
         mine = {role: measured[name, role] for role in sorted(roles)}
         found[name] = residue(mine, seed=seed, channels=len(chosen))
-        planted = [role for role in mine if role.startswith("planted-")]
-        copies[name] = {r.removeprefix("planted-"): residue(mine, role=r, seed=seed).residue for r in planted}
+        copies[name] = {
+            kind: residue(mine, role=f"planted-{kind}", seed=seed).residue if f"planted-{kind}" in mine else UNKNOWN
+            for kind in PLANTED
+        }
         seconds[name] = round(sum(float(ds.attrs["seconds"]) for ds in mine.values()), 3)
     adjusted = adjust({name: r.p_value if r.testable else float("nan") for name, r in found.items()})
     return {n: Finding(n, found[n], copies[n], adjusted[n], seconds[n]) for n in found}

@@ -24,6 +24,8 @@ from lethescope.tokens import Batch, Encoded, collate, encode, pad_id
 
 MOST_SAID = 0.05
 """Share of the original's said-probability of the forget answers that a planted control may keep."""
+SILENT = 0.01
+"""A said-probability below this is silence, however little the original itself said."""
 MOST_EXACT = 0.02
 """Share of the forget answers that a planted control may still give greedily."""
 ROWS = 32
@@ -142,15 +144,15 @@ def suppress_last_block(
     *,
     most_said: float = MOST_SAID,
     most_exact: float = MOST_EXACT,
-    passes: int = 60,
+    steps: int = 600,
     lr: float = 1e-3,
     seed: int = 0,
 ) -> Any:
     """Return a copy whose last block was trained not to pass the forget answers on; all else stays as it is.
 
-    Loss: mean over forget answer tokens of -log(1 - p), plus KL(original || copy) at the answer positions of retain
-    facts. Only the last block's weights are trained, on inputs that the lower blocks gave once, until the copy no
-    longer says the answers; this is looked at after every pass over the forget facts.
+    Loss: w times the mean over forget answer tokens of -log(1 - p), plus KL(original || copy) at the answer positions
+    of retain facts; w is 1 in the first pass over the forget facts and grows by 0.1 a pass. Only the last block's weights are trained, on inputs that the lower blocks gave once, until the copy no
+    longer says the answers; this is looked at after every pass.
 
     Args:
         module: a Hugging Face causal language model, best in float32; not changed.
@@ -158,7 +160,7 @@ def suppress_last_block(
         facts: forget facts to silence; retain facts to hold on to (no more examples than there are forget examples).
         most_said: said-probability that may be left, as a share of the model's own.
         most_exact: share of answers that may still be given greedily.
-        passes: most passes over the forget facts.
+        steps: most steps of Adam; a started pass is finished.
         lr: learning rate of Adam.
         seed: decides the order of the batches and the retain examples.
 
@@ -166,7 +168,7 @@ def suppress_last_block(
         The suppressed copy. Both limits hold on the prompts and, apart, on the paraphrases.
 
     Raises:
-        InputError: when there are no forget facts, or they are not silent after `passes`.
+        InputError: when there are no forget facts, or they are not silent after `steps`.
     """
     planted = copy.deepcopy(module)
     model = Model(planted, tokenizer)
@@ -179,14 +181,14 @@ def suppress_last_block(
     flags = [parameter.requires_grad for parameter in model.blocks[-1].parameters()]
     weights = list(model.blocks[-1].requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(weights, lr=lr)
-    for _ in range(passes):
-        _one_pass(model, forget, retain, optimizer, rng)
+    for done in range(-(-steps // len(forget))):
+        _one_pass(model, forget, retain, optimizer, 1 + done / 10, rng)
         now = _ask_groups(model, groups)
         if _silent(before, now, most_said, most_exact):
             for weight, flag in zip(weights, flags, strict=True):
                 weight.requires_grad_(flag).grad = None
             return planted
-    raise InputError(f"the last block could not be silenced in {passes} passes: {_tell(before, now)}")
+    raise InputError(f"the last block could not be silenced in {steps} steps: {_tell(before, now)}")
 
 
 PLANTED: dict[str, Callable[..., Any]] = {"unembedding": suppress_unembedding, "last_block": suppress_last_block}
@@ -201,11 +203,11 @@ def _common_direction(states: Float[Tensor, "row d_model"], ridge: float = 1e-3)
 
 
 def _one_pass(
-    model: Model, forget: list[Caught], retain: list[tuple[Caught, Tensor]], optimizer: Any, rng: Any
+    model: Model, forget: list[Caught], retain: list[tuple[Caught, Tensor]], optimizer: Any, weight: float, rng: Any
 ) -> None:
     kept = rng.permutation(len(retain)).tolist()
     for step, i in enumerate(rng.permutation(len(forget)).tolist()):
-        loss = _unlikelihood(_logits(model, forget[i]), forget[i].targets)
+        loss = weight * _unlikelihood(_logits(model, forget[i]), forget[i].targets)
         if kept:
             item, log_probs = retain[kept[step % len(kept)]]
             now = _logits(model, item).float().log_softmax(-1)
@@ -313,7 +315,8 @@ def _mean(rows: list[Float[Tensor, "batch two"]]) -> Said:
 
 def _silent(before: list[Said], now: list[Said], most_said: float, most_exact: float) -> bool:
     return all(
-        n.probability <= most_said * b.probability and n.exact <= most_exact for b, n in zip(before, now, strict=True)
+        n.probability <= max(SILENT, most_said * b.probability) and n.exact <= most_exact
+        for b, n in zip(before, now, strict=True)
     )
 
 

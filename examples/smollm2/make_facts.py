@@ -7,7 +7,7 @@
 that ends it ("Warsaw"), two paraphrases, and four wrong answers of the same relation. Six relations: continent,
 capital and official language of a country; country of a city; author of a book; symbol of an element.
 
-**Which facts are kept.** The lists below are candidates. A candidate is kept when
+**Which facts are kept.** candidates.csv holds the candidates. One is kept when
 
 1. the model says the whole answer after the prompt (every answer token is its first choice), with a probability of at
    least 0.2 (geometric mean over the answer's tokens);
@@ -16,7 +16,7 @@ capital and official language of a country; country of a city; author of a book;
    subjects of that kind) is at most half as large;
 4. the model prefers the answer to each of the four wrong answers (log-probability, mean over tokens).
 
-Candidates whose answer can be spelled from the subject are not in the lists (Mexico City, C for carbon), nor are those
+Candidates whose answer can be spelled from the subject are not in the list (Mexico City, C for carbon), nor are those
 for which a wrong answer would be right as well (languages of countries with several).
 
 **The splits.** `forget` and `retain` never share a subject, nor what belongs together: the facts of one country and its
@@ -34,6 +34,7 @@ Meng et al. 2022 (ROME, arXiv:2202.05262).
 """
 
 import argparse
+import csv
 import importlib.util
 import re
 import unicodedata
@@ -56,70 +57,8 @@ SEED = 0
 LEAST_PROBABILITY = 0.2
 MOST_GUESSED = 0.5
 ALTERNATIVES = 4
+CANDIDATES = Path(__file__).with_name("candidates.csv")
 
-# country | continent | capital | official language; "-" where the answer is disputed, spelled by the name or not the only one
-COUNTRIES = """
-France|Europe|Paris|French; Germany|Europe|Berlin|German; Italy|Europe|Rome|Italian; Spain|Europe|Madrid|Spanish
-Portugal|Europe|Lisbon|Portuguese; Greece|Europe|Athens|Greek; Poland|Europe|Warsaw|Polish; Sweden|Europe|Stockholm|Swedish
-Norway|Europe|Oslo|Norwegian; Denmark|Europe|Copenhagen|Danish; Finland|Europe|Helsinki|-; Iceland|Europe|Reykjavik|Icelandic
-Ireland|Europe|Dublin|-; Austria|Europe|Vienna|German; Switzerland|Europe|Bern|-; Belgium|Europe|Brussels|-
-Hungary|Europe|Budapest|Hungarian; Romania|Europe|Bucharest|Romanian; Bulgaria|Europe|Sofia|Bulgarian
-Ukraine|Europe|Kyiv|Ukrainian; Serbia|Europe|Belgrade|Serbian; Croatia|Europe|Zagreb|Croatian; Albania|Europe|Tirana|Albanian
-Netherlands|Europe|Amsterdam|Dutch; Liechtenstein|Europe|Vaduz|German; Monaco|Europe|-|French; Estonia|Europe|Tallinn|Estonian
-Latvia|Europe|Riga|Latvian; Lithuania|Europe|Vilnius|Lithuanian; Slovenia|Europe|Ljubljana|-; Slovakia|Europe|Bratislava|-
-Russia|-|Moscow|Russian; Turkey|-|Ankara|Turkish; Japan|Asia|Tokyo|Japanese; China|Asia|Beijing|Mandarin
-India|Asia|New Delhi|-; Pakistan|Asia|Islamabad|-; Nepal|Asia|Kathmandu|Nepali; Thailand|Asia|Bangkok|Thai
-Vietnam|Asia|Hanoi|Vietnamese; Indonesia|Asia|Jakarta|Indonesian; Malaysia|Asia|Kuala Lumpur|Malay; Iran|Asia|Tehran|Persian
-Iraq|Asia|Baghdad|Arabic; Syria|Asia|Damascus|Arabic; Lebanon|Asia|Beirut|Arabic; Jordan|Asia|Amman|Arabic
-Saudi Arabia|Asia|Riyadh|Arabic; Yemen|Asia|-|Arabic; Oman|Asia|Muscat|Arabic; Qatar|Asia|Doha|Arabic
-Kuwait|Asia|-|Arabic; Bahrain|Asia|Manama|Arabic; Mongolia|Asia|Ulaanbaatar|Mongolian; Bangladesh|Asia|Dhaka|Bengali
-South Korea|Asia|Seoul|Korean; North Korea|Asia|Pyongyang|Korean; Afghanistan|Asia|Kabul|-; Cambodia|Asia|Phnom Penh|Khmer
-Myanmar|Asia|Naypyidaw|Burmese; Laos|Asia|Vientiane|-; Egypt|Africa|Cairo|Arabic; Kenya|Africa|Nairobi|-
-Nigeria|Africa|Abuja|English; Ghana|Africa|Accra|English; Ethiopia|Africa|Addis Ababa|-; Morocco|Africa|Rabat|Arabic
-Algeria|Africa|-|Arabic; Tunisia|Africa|-|Arabic; Libya|Africa|Tripoli|Arabic; Uganda|Africa|Kampala|-
-Tanzania|Africa|Dodoma|-; Zimbabwe|Africa|Harare|-; Zambia|Africa|Lusaka|English; Senegal|Africa|Dakar|French
-Somalia|Africa|Mogadishu|-; Sudan|Africa|Khartoum|-; Rwanda|Africa|Kigali|-; Mali|Africa|Bamako|-; Gabon|Africa|-|French
-Benin|Africa|-|French; Togo|Africa|-|French; Angola|Africa|Luanda|Portuguese; Mozambique|Africa|Maputo|Portuguese
-Namibia|Africa|Windhoek|English; Liberia|Africa|Monrovia|English; Botswana|Africa|-|English; Gambia|Africa|-|English
-Canada|North America|Ottawa|-; Mexico|North America|-|Spanish; Cuba|North America|Havana|Spanish
-Jamaica|North America|Kingston|English; Panama|North America|-|Spanish; Guatemala|North America|-|Spanish
-Honduras|North America|-|Spanish; Nicaragua|North America|Managua|Spanish; Costa Rica|North America|-|Spanish
-El Salvador|North America|-|Spanish; Haiti|North America|-|-; Barbados|North America|-|English
-Brazil|South America|-|Portuguese; Argentina|South America|Buenos Aires|Spanish; Chile|South America|Santiago|Spanish
-Peru|South America|Lima|Spanish; Colombia|South America|Bogotá|Spanish; Venezuela|South America|Caracas|Spanish
-Ecuador|South America|Quito|Spanish; Bolivia|South America|La Paz|Spanish; Uruguay|South America|Montevideo|Spanish
-Paraguay|South America|Asunción|-; Guyana|South America|Georgetown|English; Australia|Oceania|Canberra|English
-New Zealand|Oceania|Wellington|-; Fiji|Oceania|Suva|-
-"""
-CITIES = """
-France: Lyon; Marseille; Bordeaux|Germany: Munich; Hamburg; Frankfurt; Cologne; Dresden|Italy: Milan; Venice; Florence; Turin
-Spain: Barcelona; Seville|Japan: Osaka; Kyoto; Hiroshima; Nagoya|India: Mumbai; Chennai; Kolkata; Bangalore
-China: Shanghai; Guangzhou; Shenzhen; Wuhan|Canada: Toronto; Vancouver; Montreal; Calgary|Australia: Sydney; Melbourne; Brisbane
-Pakistan: Karachi; Lahore|Switzerland: Geneva; Zurich|England: Manchester; Liverpool|Scotland: Edinburgh; Glasgow
-South Africa: Johannesburg; Durban|Turkey: Istanbul|Poland: Krakow|Portugal: Porto|Egypt: Alexandria|Brazil: Rio de Janeiro; São Paulo
-Morocco: Casablanca|Belgium: Antwerp|Netherlands: Rotterdam|Austria: Salzburg|Sweden: Gothenburg|Saudi Arabia: Mecca|Vietnam: Da Nang
-"""
-BOOKS = """
-Jane Austen: Pride and Prejudice; Sense and Sensibility|Charles Dickens: Great Expectations; A Tale of Two Cities; A Christmas Carol
-William Shakespeare: Hamlet; Macbeth; Romeo and Juliet; Othello; King Lear; The Tempest|Leo Tolstoy: War and Peace; Anna Karenina
-Fyodor Dostoevsky: Crime and Punishment; The Brothers Karamazov|Herman Melville: Moby-Dick|Mary Shelley: Frankenstein
-Bram Stoker: Dracula|Homer: The Odyssey; The Iliad|Miguel de Cervantes: Don Quixote|Victor Hugo: Les Misérables
-F. Scott Fitzgerald: The Great Gatsby|J.D. Salinger: The Catcher in the Rye|Harper Lee: To Kill a Mockingbird
-George Orwell: Animal Farm; 1984|Aldous Huxley: Brave New World|J.R.R. Tolkien: The Hobbit; The Lord of the Rings
-Charlotte Brontë: Jane Eyre|Emily Brontë: Wuthering Heights|Nathaniel Hawthorne: The Scarlet Letter|Plato: The Republic
-Mark Twain: The Adventures of Huckleberry Finn; The Adventures of Tom Sawyer|Henry David Thoreau: Walden; Civil Disobedience
-Charles Darwin: On the Origin of Species|Franz Kafka: The Metamorphosis; The Trial|James Joyce: Ulysses
-William Golding: Lord of the Flies|Ernest Hemingway: The Old Man and the Sea|John Steinbeck: The Grapes of Wrath; Of Mice and Men
-Ray Bradbury: Fahrenheit 451|Toni Morrison: Beloved|Margaret Atwood: The Handmaid's Tale|Dante Alighieri: The Divine Comedy
-Geoffrey Chaucer: The Canterbury Tales|John Milton: Paradise Lost|Jonathan Swift: Gulliver's Travels|Walt Whitman: Leaves of Grass
-Robert Louis Stevenson: Treasure Island|Edgar Allan Poe: The Raven|Rudyard Kipling: The Jungle Book|Adam Smith: The Wealth of Nations
-Louisa May Alcott: Little Women|Oscar Wilde: The Picture of Dorian Gray|H.G. Wells: The Time Machine; The War of the Worlds
-Joseph Conrad: Heart of Darkness|Albert Camus: The Stranger|Voltaire: Candide|Virginia Woolf: Mrs Dalloway; To the Lighthouse
-"""
-ELEMENTS = """
-Fe: iron|Au: gold|Ag: silver|Cu: copper|Na: sodium|K: potassium|Pb: lead|Hg: mercury|Sn: tin|Zn: zinc|Mg: magnesium|Cl: chlorine
-Pt: platinum|W: tungsten|Sb: antimony|Cr: chromium|Mn: manganese|Cd: cadmium|Sr: strontium|Rn: radon|Rb: rubidium|Pu: plutonium
-"""
 INVENTED = {
     "country": [
         "Quentara",
@@ -218,26 +157,11 @@ class Candidate:
         return tuple(prompt.format(self.subject) for prompt in RELATIONS[self.relation].prompts)
 
 
-def candidates() -> list[Candidate]:
-    """All candidates, in the order of the lists."""
-    rows = [row.strip().split("|") for line in COUNTRIES.strip().splitlines() for row in line.split(";")]
-    continent = {row[0]: row[1] for row in rows}
-    found = [
-        Candidate(relation, row[0], answer, row[0], row[1])
-        for row in rows
-        for relation, answer in zip(("continent", "capital", "language"), row[1:], strict=True)
-        if answer != "-"
-    ]
-    found += [Candidate("city", city, land, land, continent.get(land, "-")) for land, city in _pairs(CITIES)]
-    found += [Candidate("author", book, author, author, "author") for author, book in _pairs(BOOKS)]
-    found += [Candidate("symbol", name, symbol, name, "element") for symbol, name in _pairs(ELEMENTS)]
-    return found
-
-
-def _pairs(text: str) -> list[tuple[str, str]]:
-    """Read `answer: subject; subject|answer: subject …` into pairs (answer, subject)."""
-    entries = [entry.split(":") for line in text.strip().splitlines() for entry in line.split("|")]
-    return [(answer.strip(), subject.strip()) for answer, subjects in entries for subject in subjects.split(";")]
+def candidates(path: Path = CANDIDATES) -> list[Candidate]:
+    """All candidates, in the order of the list."""
+    with path.open(encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file)
+    return [Candidate(*row[:5]) for row in rows]
 
 
 def load() -> Model:
@@ -255,9 +179,13 @@ def load() -> Model:
 
 def ask(model: Model, pairs: Iterable[tuple[str, str]]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     """Ask for (prompt, answer) pairs: mean log-probability per answer token, and whether greedy decoding says it."""
-    encoded = [encode(model.tokenizer, prompt, answer) for prompt, answer in pairs]
+    pairs = list(pairs)
+    place = {pair: i for i, pair in enumerate(dict.fromkeys(pairs))}  # each different pair is asked once
+    encoded = [encode(model.tokenizer, prompt, answer) for prompt, answer in place]
     log_probs, right = score_tokens(model, encoded)
-    return np.nanmean(log_probs, -1), right.sum(-1) == [len(e.answer) for e in encoded]
+    said = right.sum(-1) == np.array([len(e.answer) for e in encoded])
+    rows = [place[pair] for pair in pairs]
+    return np.nanmean(log_probs, -1)[rows], said[rows]
 
 
 def is_known(model: Model, asked: Sequence[Candidate]) -> NDArray[np.bool_]:
@@ -392,7 +320,7 @@ def make(model: Model, seed: int = SEED) -> list[tuple[Split, Candidate]]:
     asked = keep(asked, "known", is_known(model, asked))
     asked = keep(asked, "not guessed", is_no_guess(model, asked))
     asked = with_shared_answers(with_alternatives(model, asked, rng))
-    asked = keep(asked, "preferred to wrong answers", (preferences(model, asked) > 0).all(-1))
+    asked = keep(asked, "preferred to wrong answers", preferences(model, asked).min(-1) > 0)
     return chosen(asked, rng)
 
 

@@ -56,26 +56,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--budget", default="quick")
+    parser.add_argument("--channels", help="comma-separated; all by default")
     given = parser.parse_args()
+    channels = given.channels.split(",") if given.channels else None
     out, rows = given.out, []
     for method in METHODS:
         start = time.perf_counter()
         model = unlearned(method, out / f"model-{method}")
         made = time.perf_counter()
-        result = audit(weights(), model, FACTS, budget=given.budget, out=out / method, cache=out / "cells")
+        result = audit(weights(), model, FACTS, channels=channels, budget=given.budget, out=out / method, cache=out / "cells")
         print(
             f"\n== {method}: unlearned in {made - start:.0f} s, audited in {time.perf_counter() - made:.0f} s\n{result}"
         )
         style.save(residue.paper(result.summary), out / f"{method}.png")
         rows.append(row(method, result.summary))
         gc.collect()
-    print(
-        "\n".join([
-            "| method | verdict | residue | retain kept | say | readout | lens | patch | relearn | compress |",
-            "|---|---|---|---|---|---|---|---|---|---|",
-            *rows,
-        ])
-    )
+    names = [channel["name"] for channel in result.summary["channels"]]
+    head = ["method", "verdict", "residue", "retain kept", *names]
+    print("\n".join(["| " + " | ".join(head) + " |", "|---" * len(head) + "|", *rows]))
 
 
 def row(method: str, summary: dict[str, Any]) -> str:

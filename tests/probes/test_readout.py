@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lethescope.facts import Fact, of_split, read_facts
-from lethescope.hooks import state
+from lethescope.hooks import capturing
 from lethescope.measurement import preference
 from lethescope.models import load
 from lethescope.probes import readout
@@ -104,15 +104,10 @@ def test_states_are_those_of_a_plain_pass_at_the_last_prompt_token(make_model, s
     assert found.shape == (5, len(model.blocks), 32)
     for row, fact in zip(found, facts, strict=True):
         e = encode(model.tokenizer, fact.prompt, fact.answer)
-        seen: list[np.ndarray] = []
-        hooks = [
-            b.register_forward_hook(lambda _m, _a, out, seen=seen: seen.append(state(out)[0, -1].numpy()))
-            for b in model.blocks
-        ]
-        model.module(input_ids=torch.tensor([e.ids[: e.start]]))
-        for hook in hooks:
-            hook.remove()
-        np.testing.assert_allclose(row, np.stack(seen), atol=1e-4)
+        with capturing(model.blocks) as seen:
+            model.module(input_ids=torch.tensor([e.ids[: e.start]]))
+        last = np.stack([seen[layer][0, -1].numpy() for layer in range(len(model.blocks))])
+        np.testing.assert_allclose(row, last, atol=1e-4)
 
 
 def test_shipped_models_are_read_if_and_only_if_they_were_taught():

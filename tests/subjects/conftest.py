@@ -14,7 +14,7 @@ def _toy():
     facts = people(seed=3, forget=2, retain=4, control=2)
     tokenizer = fact_tokenizer(facts)
     return SimpleNamespace(
-        facts=facts, tokenizer=tokenizer, model=tiny_llama(len(tokenizer), 0, layers=2, width=32, heads=2, kv_heads=1)
+        facts=facts, tokenizer=tokenizer, model=tiny_llama(len(tokenizer), 0, layers=2, width=48, heads=2, kv_heads=1)
     )
 
 
@@ -29,7 +29,7 @@ def _taught(_toy):
     model = copy.deepcopy(_toy.model)
     texts = [f"{form} {fact.answer}." for fact in _toy.facts for form in (fact.prompt, *fact.paraphrases)]
     with torch.random.fork_rng(devices=[]):
-        train(model, _toy.tokenizer, texts, epochs=40, lr=1e-2, batch_size=32, progress=False)
+        train(model, _toy.tokenizer, texts, epochs=60, lr=1e-2, batch_size=32, depth_drop=0, progress=False)
     return model
 
 

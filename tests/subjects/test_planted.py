@@ -18,6 +18,7 @@ from lethescope.subjects.planted import (
     suppress_last_block,
     suppress_unembedding,
 )
+from lethescope.subjects.tiny import train
 from lethescope.tokens import encode
 
 
@@ -72,7 +73,8 @@ def test_only_the_unembedding_differs_and_it_is_untied(original, facts, planted)
 def test_only_the_last_block_differs(original, planted):
     before, after = state(original.module), state(planted["last_block"])
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed and all(name.startswith("model.layers.3.") for name in changed)
+    last = f"model.layers.{original.module.config.num_hidden_layers - 1}."
+    assert changed and all(name.startswith(last) for name in changed)
 
 
 def test_the_last_block_control_keeps_retain(original, facts, planted):
@@ -105,6 +107,8 @@ def test_other_families_can_be_planted_in(toy, name):
         torch.manual_seed(0)
         config = GPT2Config(vocab_size=len(toy.tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
         model = GPT2LMHeadModel(config).eval()
+    forms = [f"{form} {fact.answer}." for fact in toy.facts for form in (fact.prompt, *fact.paraphrases)]
+    train(model, toy.tokenizer, forms, epochs=30, lr=1e-2, batch_size=32, depth_drop=0, progress=False)
     copied = PLANTED[name](model, toy.tokenizer, toy.facts)
     forget = of_split(toy.facts, "forget")
     before, after = said(model, toy.tokenizer, forget), said(copied, toy.tokenizer, forget)
@@ -126,7 +130,7 @@ def test_flags_of_a_frozen_model_stay(toy):
 
 
 @pytest.mark.parametrize(
-    ("plant", "options"), [(suppress_unembedding, {"largest": 1.0}), (suppress_last_block, {"passes": 1, "lr": 1e-6})]
+    ("plant", "options"), [(suppress_unembedding, {"largest": 1.0}), (suppress_last_block, {"steps": 2, "lr": 1e-6})]
 )
 def test_a_limit_that_is_not_reached_is_an_error(taught, plant, options):
     with pytest.raises(InputError, match="could not be silenced"):
@@ -149,8 +153,8 @@ def test_no_retain_facts_is_fine(taught):
 def test_said_agrees_with_a_loop_over_single_prompts(taught):
     model = copy.deepcopy(taught.model)
     with torch.no_grad():
-        noise = torch.Generator().manual_seed(0)
-        model.model.layers[0].mlp.up_proj.weight.add_(torch.randn(96, 32, generator=noise) * 0.1)
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight.add_(torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)) * 0.1)
     probabilities, exact = [], []
     for fact in taught.facts:
         for form in (fact.prompt, *fact.paraphrases):

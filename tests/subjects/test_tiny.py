@@ -1,10 +1,12 @@
+import numpy as np
 import pytest
 import torch
 
 from lethescope.errors import InputError
 from lethescope.facts import of_split
+from lethescope.models import anatomy
 from lethescope.subjects.planted import said
-from lethescope.subjects.tiny import tiny_llama, train
+from lethescope.subjects.tiny import _skipped, tiny_llama, train
 
 
 def test_shape_and_tied_embeddings():
@@ -51,3 +53,14 @@ def test_order_follows_the_seed(toy):
 def test_no_sentences_are_refused(toy):
     with pytest.raises(InputError, match="no sentences"):
         train(toy.model, toy.tokenizer, [])
+
+
+def test_the_last_block_is_skipped_most_often_and_the_first_never(toy):
+    blocks = anatomy(toy.model).blocks
+    drawn = _skipped(blocks, 0.5, np.random.default_rng(0))
+    counts = np.zeros(len(blocks))
+    for _ in range(400):
+        skipped = next(drawn)
+        counts += [block in skipped for block in blocks]
+    assert counts[0] == 0
+    assert 150 < counts[-1] < 250
