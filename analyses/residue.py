@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pandas as pd
 import xarray as xr
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 
 from lethescope.measurement import value
-from lethescope.statistics import Interval, cluster_weights, crossfit_place, folds, interval, p_above_zero
+from lethescope.statistics import Interval, cluster_weights, folds, interval, p_above_zero
 
 DRAWS = 4000
 SHOWS = 0.5
@@ -23,7 +23,8 @@ SHOWS = 0.5
 LEAST_SIGNAL = 0.1
 """A channel is testable when the original's mean value is above its null by this much."""
 
-Array = Float[NDArray[np.float64], "fact place"]
+Array = Float[NDArray[np.float64], "*rest place"]
+Places = Int[NDArray[np.intp], "*rest"]
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ def residue(
     With v the value of a fact at a place and n the null there, the excess is e = v - n, and the residue is
     `sum_i e_role(i) / sum_i e_original(i)` over forget facts: 0 = as if never taught, 1 = as in the original. The null
     of a place is the highest of: the mean of the references on the same facts, the same model's mean on control facts,
-    and the channel's own null (`null_score`). Control subjects are dealt into folds too, so that a place is not chosen
-    because the control facts that it is read against happen to be low there. Intervals are percentile bootstrap over
-    subjects (forget and control drawn apart), given the chosen places.
+    and the channel's own null (`null_score`). Intervals are percentile bootstrap over subjects (forget and control
+    drawn apart), and the place is chosen anew in every draw: choosing is part of what varies. The p-value is
+    the larger of the percentile and the basic (reflected) bootstrap's: choosing moves them apart.
 
     Args:
         measured: role -> Measurement with `score(fact, candidate, place)`.
@@ -68,7 +69,7 @@ def residue(
     Returns:
         The residue; not testable, with NaN, where the original itself shows nothing or no fact has a value.
     """
-    table = _Table.of(measured, role, seed)
+    table = _Table.of(measured, role)
     if table is None:
         return _untestable(measured, role)
     with warnings.catch_warnings():
@@ -76,8 +77,10 @@ def residue(
         gain_original = table.excess("original")
         mean = np.nanmean(gain_original, 0)
         allowed = np.isfinite(mean) & (mean >= SHOWS * np.nanmax(mean))
-        place = crossfit_place(table.excess(role), table.fold, allowed)
-        drawn = table.draw(role, place, seed), table.draw("original", place, seed)
+        fold = folds(table.subjects, seed)
+        chosen = table.choose(role, fold, allowed, seed)
+        place = chosen[0, fold]
+        drawn = table.draw(role, fold, chosen, seed), table.draw("original", fold, chosen, seed)
     estimates = [d[0] for d in drawn]
     draws = [d[1:] for d in drawn]
     signal = interval(estimates[1], draws[1], level)
@@ -89,7 +92,7 @@ def residue(
     return Residue(
         interval(ratio, ratios, level),
         interval(ratio, ratios, 1 - (1 - level) / max(1, channels)),
-        p_above_zero(draws[0]),
+        max(p_above_zero(draws[0]), p_above_zero(2 * estimates[0] - draws[0])),
         signal,
         table.null_levels(role, place),
         testable,
@@ -110,10 +113,9 @@ class _Table:
     paired_null: Array | None
     own_null: Array | None
     control: dict[str, tuple[Array, list[str]]]
-    seed: int
 
     @classmethod
-    def of(cls, measured: Mapping[str, xr.Dataset], role: str, seed: int) -> "_Table | None":
+    def of(cls, measured: Mapping[str, xr.Dataset], role: str) -> "_Table | None":
         base = measured["original"]
         values = {name: value(ds).transpose("fact", "place") for name, ds in measured.items()}
         forget = {name: v.where(v["split"] == "forget", drop=True) for name, v in values.items()}
@@ -145,24 +147,13 @@ class _Table:
                 )
                 for name, source in stand_in.items()
             },
-            seed,
         )
 
-    @property
-    def fold(self) -> NDArray[np.intp]:
-        """The fold of each forget fact."""
-        return folds(self.subjects, self.seed)
-
-    def control_level(self, role: str) -> Array:
-        """Mean of the control facts of each fact's own fold, per place; of all of them where the fold has none."""
-        control, subjects = self.control[role]
-        dealt = folds(subjects, self.seed)
-        level = {f: np.nanmean(control[dealt == f] if (dealt == f).any() else control, 0) for f in set(self.fold)}
-        return np.stack([level[f] for f in self.fold])
-
     def nulls(self, role: str) -> list[tuple[str, Array]]:
-        """Every null there is, as (name, per fact and place); the control split's is one level for each fold."""
-        level = self.control_level(role) if len(self.control[role][0]) else None
+        """Every null there is, as (name, per fact and place); the control split's is one level for all facts."""
+        shape = (len(self.facts), 1)
+        control = self.control[role][0]
+        level = np.tile(np.nanmean(control, 0), shape) if len(control) else None
         named = [("reference", self.paired_null), ("control", level), ("own", self.own_null)]
         return [(name, array) for name, array in named if array is not None and np.isfinite(array).any()]
 
@@ -180,27 +171,42 @@ class _Table:
         null = np.stack([nulls[name][:, p] for p, name in enumerate(self.strongest(role))], 1)
         return self.values[role] - np.where(np.isfinite(null), null, np.nanmean(null, 0))
 
-    def draw(self, role: str, place: NDArray[np.intp], seed: int) -> Float[NDArray[np.float64], " draw"]:
+    def choose(self, role: str, fold: Places, allowed: NDArray[np.bool_], seed: int) -> Places:
+        """Choose a place for each fold (draw fold): the allowed one with the highest mean over the other folds.
+
+        Paired nulls are taken off first; the control level is not, because a place chosen where control facts happen
+        to be low would then be flattered by the same control facts.
+        """
+        sums, counts, _ = self._weighted(role, fold, seed)
+        best = []
+        for f in range(sums.shape[1]):
+            others = [g for g in range(sums.shape[1]) if g != f] or [f]
+            mean = sums[:, others].sum(1) / counts[:, others].sum(1)
+            best.append(np.where(allowed & np.isfinite(mean), mean, -np.inf).argmax(1))
+        return np.stack(best, 1)
+
+    def draw(self, role: str, fold: Places, chosen: Places, seed: int) -> Float[NDArray[np.float64], " draw"]:
         """Mean excess at the chosen places: the estimate first, then bootstrap draws."""
-        rows = np.arange(len(place))
-        gain = self.excess(role)[rows, place]
-        weights = np.concatenate([np.ones((1, len(rows))), cluster_weights(self.subjects, seed, DRAWS)])
-        known = np.isfinite(gain)
-        weights = weights * known
-        mean = weights @ np.nan_to_num(gain) / weights.sum(1)
+        sums, counts, level = self._weighted(role, fold, seed)
+        draws, by_fold = np.arange(len(sums))[:, None], np.arange(sums.shape[1])
+        n = counts[draws, by_fold, chosen]
+        return (sums[draws, by_fold, chosen] - n * level[draws, chosen]).sum(1) / n.sum(1)
+
+    def _weighted(self, role: str, fold: Places, seed: int) -> tuple[Array, Array, Array]:
+        """Sums and counts of the values over paired nulls (draw fold place), and control levels (draw place)."""
         control, subjects = self.control[role]
-        held = np.array(self.strongest(role))[place] == "control"
+        held = np.array([name == "control" for name in self.strongest(role)])
+        gain = np.where(held, self.values[role], self.excess(role))
+        known = np.isfinite(gain)
+        weights = np.concatenate([np.ones((1, len(gain))), cluster_weights(self.subjects, seed, DRAWS)])
+        mine = [fold == f for f in range(fold.max() + 1)]
+        sums = np.stack([weights[:, m] @ np.nan_to_num(gain[m]) for m in mine], 1)
+        counts = np.stack([weights[:, m] @ known[m].astype(float) for m in mine], 1)
         if not held.any():
-            return mean
+            return sums, counts, np.zeros((len(weights), len(held)))
         again = np.concatenate([np.ones((1, len(control))), cluster_weights(subjects, seed + 1, DRAWS)])
-        dealt = folds(subjects, self.seed)
-        for p in np.unique(place[held & known]):
-            read = held & known & (place == p)
-            there = np.isfinite(control[:, p])
-            there &= np.isin(dealt, self.fold[read]) if np.isin(dealt[there], self.fold[read]).any() else True
-            level = again[:, there] @ control[there, p] / again[:, there].sum(1)
-            mean = mean - read.sum() / known.sum() * (level - level[0])
-        return mean
+        level = (again @ np.nan_to_num(control)) / (again @ np.isfinite(control).astype(float))
+        return sums, counts, np.where(held, level, 0.0)
 
     def null_levels(self, role: str, place: NDArray[np.intp]) -> dict[str, float]:
         """Mean of each null at the chosen places, and which one was taken off."""

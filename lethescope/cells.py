@@ -43,7 +43,11 @@ class Bench:
         return [*self.models, *(f"planted-{kind}" for kind in PLANTED)]
 
     def model(self, role: str) -> Model:
-        """Return the model of a role; a planted copy is made when it is first needed."""
+        """Return the model of a role; a planted copy is made when it is first needed.
+
+        Raises:
+            NotPlanted: the copy could not be silenced.
+        """
         if role in self.models:
             return self.models[role]
         if role not in self.made:

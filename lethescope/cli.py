@@ -113,8 +113,8 @@ def _unlearn(options: argparse.Namespace) -> int:
     from lethescope.subjects.methods import unlearn
 
     out = Path(options.out)
-    if out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty; give a new --out folder")
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise InputError(f"{out} is not an empty folder; give a new --out folder")
     model = load(options.model, device=options.device, dtype=options.dtype)
     facts = read_facts(options.facts, tokenizer=model.tokenizer)
     module = unlearn(

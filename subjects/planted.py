@@ -151,8 +151,9 @@ def suppress_last_block(
     """Return a copy whose last block was trained not to pass the forget answers on; all else stays as it is.
 
     Loss: w times the mean over forget answer tokens of -log(1 - p), plus KL(original || copy) at the answer positions
-    of retain facts; w is 1 in the first pass over the forget facts and grows by 0.1 a pass. Only the last block's weights are trained, on inputs that the lower blocks gave once, until the copy no
-    longer says the answers; this is looked at after every pass.
+    of retain facts; w is 1 in the first 20 passes over the forget facts and then a twentieth of the pass. Only the last
+    block's weights are trained, on inputs that the lower blocks gave once, until the copy no longer says the answers;
+    this is looked at after every pass.
 
     Args:
         module: a Hugging Face causal language model, best in float32; not changed.
@@ -182,7 +183,7 @@ def suppress_last_block(
     weights = list(model.blocks[-1].requires_grad_(True).parameters())
     optimizer = torch.optim.Adam(weights, lr=lr)
     for done in range(-(-steps // len(forget))):
-        _one_pass(model, forget, retain, optimizer, 1 + done / 10, rng)
+        _one_pass(model, forget, retain, optimizer, max(1.0, done / 20), rng)
         now = _ask_groups(model, groups)
         if _silent(before, now, most_said, most_exact):
             for weight, flag in zip(weights, flags, strict=True):

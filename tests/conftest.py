@@ -32,7 +32,8 @@ LAST = {"forget": ("Rook",), "retain": ("Vale", "Quist", "Marn"), "control": ("S
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _two_threads() -> None:
+def _one_thread() -> None:
+    # two threads on two busy cores wait for each other: the same tests took a hundred times as long
     torch.set_num_threads(1)
 
 

@@ -161,7 +161,7 @@ def candidates(path: Path = CANDIDATES) -> list[Candidate]:
     """All candidates, in the order of the list."""
     with path.open(encoding="utf-8", newline="") as file:
         _, *rows = csv.reader(file)
-    return [Candidate(*row[:5]) for row in rows]
+    return [Candidate(relation, subject, answer, group, of) for relation, subject, answer, group, of in rows]
 
 
 def load() -> Model:

@@ -64,7 +64,9 @@ def main() -> None:
         start = time.perf_counter()
         model = unlearned(method, out / f"model-{method}")
         made = time.perf_counter()
-        result = audit(weights(), model, FACTS, channels=channels, budget=given.budget, out=out / method, cache=out / "cells")
+        result = audit(
+            weights(), model, FACTS, channels=channels, budget=given.budget, out=out / method, cache=out / "cells"
+        )
         print(
             f"\n== {method}: unlearned in {made - start:.0f} s, audited in {time.perf_counter() - made:.0f} s\n{result}"
         )

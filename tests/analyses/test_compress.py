@@ -77,6 +77,15 @@ def test_every_matrix_of_the_blocks_is_changed_and_nothing_else(make_model, kind
     assert all(torch.equal(p, before[name]) for name, p in model.module.named_parameters())
 
 
+def test_groups_are_inputs_of_one_output_in_conv1d_too(make_model):
+    model, before = make_model("gpt2"), make_model("gpt2")
+    with compress.compressed(model, compress.compressor("int3", 8)):
+        for block, old in zip(model.blocks, before.blocks, strict=True):
+            for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
+                kept, found = (b.get_submodule(name).weight for b in (old, block))  # (in, out)
+                assert torch.equal(found.T, compress.round_to_nearest(kept.T, 3, 8))
+
+
 def test_the_weights_come_back_after_an_error(make_model):
     model = make_model()
     before = fingerprint(model.module)

@@ -5,6 +5,7 @@ import pytest
 import xarray as xr
 
 from lethescope import measurement
+from lethescope.analyses import residue as module
 from lethescope.analyses.residue import residue
 from lethescope.facts import Fact
 
@@ -46,7 +47,7 @@ def made(forget, control=None, null=None):
 def level(mean, seed, places=3, spread=0.03, n=SUBJECTS * EACH):
     rng = np.random.default_rng(seed)
     per_subject = rng.normal(size=(n // EACH, places)).repeat(EACH, 0)
-    return mean + spread * (per_subject + rng.normal(size=(n, places))) / 2**0.5
+    return (mean + spread * (per_subject + rng.normal(size=(n, places))) / 2**0.5).clip(-0.3, 0.99)
 
 
 def pair(unlearned, original=0.9, control=0.1):
@@ -115,22 +116,26 @@ def test_the_order_of_the_facts_does_not_matter():
     np.testing.assert_allclose(*(table[["value", "null", "residue"]] for table in tables), atol=1e-12)
 
 
-def test_where_nothing_is_left_p_values_are_rarely_small():
-    original, n, small = made(level(0.9, 1), level(0.0, 2)), 150, 0
-    for seed in range(n):
-        rng = np.random.default_rng(seed)
+def chance(seed, places):
+    """An original that knows, and a model to which all candidates are alike, as a shuffle of the labels makes them."""
+    rng, who = np.random.default_rng(seed), facts("forget") + facts("control")
+    bias = rng.normal(size=(2 * SUBJECTS, 1 + WRONG, places)).repeat(EACH, 0)  # each subject has one of its own
+    names = [f"block {i}" for i in range(places)]
+    noise = measurement.from_scores(bias + rng.normal(size=bias.shape), who, names).assign_attrs(scale="preference")
+    return {"original": made(level(0.9, 1, places), level(0.0, 2, places)), "unlearned": noise}
 
-        def noise(split, rng=rng):
-            # every candidate is alike, which is what a shuffle of the labels gives; subjects have a bias of their own
-            who = facts(split)
-            per_subject = rng.normal(size=(SUBJECTS, 1 + WRONG, 3)).repeat(EACH, 0)
-            return who, per_subject + rng.normal(size=per_subject.shape)
 
-        (forget, a), (control, b) = noise("forget"), noise("control")
-        ds = measurement.from_scores(np.concatenate([a, b]), forget + control, [f"block {i}" for i in range(3)])
-        found = residue({"original": original, "unlearned": ds.assign_attrs(scale="preference")}, seed=seed)
-        small += found.p_value < 0.05
-    assert small / n <= 0.1
+@pytest.mark.parametrize("places", [1, 12])
+def test_where_nothing_is_left_p_values_are_rarely_small(monkeypatch, places):
+    monkeypatch.setattr(module, "DRAWS", 500)
+    p_values = [residue(chance(seed, places), seed=seed).p_value for seed in range(120)]
+    assert np.mean(np.less(p_values, 0.05)) <= 0.1
+
+
+def test_choosing_among_many_places_does_not_flatter_where_control_facts_are_the_null(monkeypatch):
+    monkeypatch.setattr(module, "DRAWS", 100)
+    estimates = [residue(chance(seed, 12), seed=seed).residue.estimate for seed in range(120)]
+    assert np.mean(estimates) < 3 * np.std(estimates) / 120**0.5
 
 
 def test_looking_in_many_places_does_not_flatter():

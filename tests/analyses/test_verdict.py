@@ -163,7 +163,7 @@ def test_damage_is_the_share_of_the_retain_facts_value_that_is_left():
 
 
 def test_without_retain_facts_there_is_no_damage_to_tell():
-    for retain in ([], np.full(24, 0.05)):  # none, or none that the original says
+    for retain in (np.zeros(0), np.full(24, 0.05)):  # none, or none that the original says
         found = damage({"original": said(retain), "unlearned": said(retain)}, seed=0)
         assert np.isnan([found.before, found.after, found.kept.high]).all()
         assert not found.damaged

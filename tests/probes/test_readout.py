@@ -27,7 +27,7 @@ def city_facts(retain=48, forget=40, relation="home"):
             subject=f"s{i}",
             prompt=f"s{i} lives in",
             answer=CITIES[i % 4],
-            alternatives=[c for c in CITIES if c != CITIES[i % 4]],
+            alternatives=tuple(c for c in CITIES if c != CITIES[i % 4]),
             relation=relation,
         )
         for i, split in enumerate(splits)
