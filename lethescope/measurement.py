@@ -49,8 +49,8 @@ def preference(ds: xr.Dataset, name: str = "score") -> xr.DataArray:
     """
     score = ds[name]
     n = score.count("candidate")
-    share = np.exp(score - score.max("candidate"))
-    n = score.count("candidate")
+    share = xr.ufuncs.exp(score - score.max("candidate"))
+    share = (share / share.sum("candidate")).isel(candidate=0, drop=True)
     chance = 1 / n.where(n > 1)
     return (share - chance) / (1 - chance)
 
