@@ -12,8 +12,9 @@ SHIPPED = ("original", "unlearned", "reference", "facts")
 def shipped(name: str) -> Path:
     """Return the path of a shipped model's folder, or of the shipped facts file.
 
-    `original` was taught 240 fictitious people, `unlearned` is the original after NPO on 40 of them, `reference` had
-    the same seed and start but never read about those 40. `facts` is what an audit of them reads.
+    `original` was taught 240 fictitious people, `unlearned` is the original after NPO on 40 of them in the upper half
+    of its blocks (`build.UNLEARN` says why), `reference` had the same seed and start but never read about those 40.
+    `facts` is what an audit of them reads.
     `python -m lethescope.subjects.build` makes all four again.
 
     Args:

@@ -1,7 +1,8 @@
 """Make the shipped models and their facts file again: `python -m lethescope.subjects.build --out DIR`.
 
 Original and reference start from the same weights and read the same sentences in seeded order, except that the
-reference never reads about the forget people. The unlearned model is the original after NPO on the forget facts.
+reference never reads about the forget people. The unlearned model is the original after NPO on the forget facts,
+with only the upper half of its blocks trained.
 Everything is computed on one thread a process, so that one machine gives the same bytes for the same seed every time.
 Other machines or other versions of torch may differ in the last bits.
 """

@@ -100,7 +100,7 @@ def suppress_unembedding(
         module: a Hugging Face causal language model; not changed.
         tokenizer: its tokenizer.
         facts: the forget facts are suppressed; others are ignored.
-        most_said: said-probability that may be left, as a share of the model's own.
+        most_said: said-probability that may be left, as a share of the model's own (or `SILENT`, where that is more).
         most_exact: share of answers that may still be given greedily.
         largest: the largest c that is tried.
 
@@ -159,7 +159,7 @@ def suppress_last_block(
         module: a Hugging Face causal language model, best in float32; not changed.
         tokenizer: its tokenizer.
         facts: forget facts to silence; retain facts to hold on to (no more examples than there are forget examples).
-        most_said: said-probability that may be left, as a share of the model's own.
+        most_said: said-probability that may be left, as a share of the model's own (or `SILENT`, where that is more).
         most_exact: share of answers that may still be given greedily.
         steps: most steps of Adam; a started pass is finished.
         lr: learning rate of Adam.

@@ -44,6 +44,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from numpy.typing import NDArray
 
 from lethescope import models
@@ -324,31 +325,37 @@ def make(model: Model, seed: int = SEED) -> list[tuple[Split, Candidate]]:
     return chosen(asked, rng)
 
 
-def table(model: Model, facts: Sequence[tuple[Split, Candidate]]) -> str:
-    """How well known the facts are, a row per split and relation.
+def how_known(model: Model, facts: Sequence[tuple[Split, Candidate]]) -> pd.DataFrame:
+    """How well the model knows each fact, a row a fact.
 
-    Columns: facts; subjects; answers (different ones); p, the answer's probability per token; guess, the same with
-    invented subjects; pref, log-probability of the answer less the mean of the wrong answers'; pref inv, the same with
-    invented subjects; said, share of the paraphrases after which the model says the answer.
+    Columns: p, the answer's probability per token; guess, the same with invented subjects; prefer, log-probability of
+    the answer less the mean of the wrong answers'; prefer_inv, the same with invented subjects; said, share of the
+    paraphrases after which the model says the answer.
     """
-    head = f"{'split':<8} {'relation':<10} facts subjects answers     p  guess   pref  pref inv  said"
-    keys = dict.fromkeys((split, name) for split, c in facts for name in ("all", c.relation))
-    groups = {key: [c for split, c in facts if split == key[0] and key[1] in {"all", c.relation}] for key in keys}
-    rows = [f"{split:<8} {name:<10} {_row(model, group)}" for (split, name), group in groups.items()]
-    return "\n".join([head, *rows])
+    asked = [c for _, c in facts]
+    invented = about_invented(asked)
+    prefer_invented = preferences(model, [c for group in invented for c in group]).mean(-1)
+    ends = np.cumsum([len(group) for group in invented])[:-1]
+    said = ask(model, [(prompt, c.answer) for c in asked for prompt in c.prompts()[1:]])[1]
+    return pd.DataFrame({
+        "split": [split for split, _ in facts],
+        "relation": [c.relation for c in asked],
+        "subject": [c.subject for c in asked],
+        "answer": [c.answer for c in asked],
+        "p": np.exp(ask(model, [(c.prompts()[0], c.answer) for c in asked])[0]),
+        "guess": mean_guess(model, asked),
+        "prefer": preferences(model, asked).mean(-1),
+        "prefer_inv": [part.mean() for part in np.split(prefer_invented, ends)],
+        "said": said.reshape(len(asked), -1).mean(-1),
+    })
 
 
-def _row(model: Model, group: Sequence[Candidate]) -> str:
-    p = np.exp(ask(model, [(c.prompts()[0], c.answer) for c in group])[0]).mean()
-    invented = [c for others in about_invented(group) for c in others]
-    prefer, prefer_invented = preferences(model, group).mean(), preferences(model, invented).mean()
-    said = ask(model, [(prompt, c.answer) for c in group for prompt in c.prompts()[1:]])[1].mean()
-    subjects, answers = len({c.subject for c in group}), len({c.answer for c in group})
-    guess = mean_guess(model, group).mean()
-    return (
-        f"{len(group):>5} {subjects:>8} {answers:>7} {p:>5.2f} {guess:>6.2f} {prefer:>6.2f}"
-        f" {prefer_invented:>9.2f} {said:>5.2f}"
-    )
+def table(known: pd.DataFrame) -> str:
+    """Count facts, different subjects and different answers, and average the rest, by split and relation."""
+    counts = {"facts": ("subject", "size"), "subjects": ("subject", "nunique"), "answers": ("answer", "nunique")}
+    means = {name: (name, "mean") for name in ("p", "guess", "prefer", "prefer_inv", "said")}
+    rows = pd.concat([known.assign(relation="all"), known])
+    return rows.groupby(["split", "relation"], sort=False).agg(**counts, **means).round(2).to_string()
 
 
 def classes(facts: Facts, relation: str, split: Split) -> str:
@@ -367,7 +374,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     found = make(model, options.seed)
     facts = check_facts(as_fact(split, c) for split, c in found)
     write_facts(facts, options.out)
-    print(table(model, found))
+    print(table(how_known(model, found)))
     for name, relation in RELATIONS.items():
         if relation.shared > 1:
             print(*(classes(facts, name, split) for split in SPLITS), sep="\n")
