@@ -9,7 +9,7 @@ from common import fastest, machine, smollm2_sized, table
 from lethescope.hooks import Moments, capturing, watching
 from lethescope.models import anatomy
 
-PROMPTS, LENGTH = 64, 32
+PROMPTS, LENGTH = 16, 32
 
 
 def main() -> None:

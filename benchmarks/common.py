@@ -27,7 +27,7 @@ def smollm2_sized() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-def fastest(run: Callable[[], object], repeats: int = 5) -> float:
+def fastest(run: Callable[[], object], repeats: int = 3) -> float:
     """Return the shortest of several timings, in seconds, after one run that is not timed."""
     run()
     times = []
