@@ -11,7 +11,7 @@ from lethescope.scoring import target_log_probs
 from lethescope.subjects import shipped
 from lethescope.tokens import Encoded
 
-PROMPTS, CANDIDATES, PROMPT_LENGTH, ANSWER_LENGTH = 8, 3, 10, 2
+PROMPTS, CANDIDATES, PROMPT_LENGTH, ANSWER_LENGTH = 4, 3, 10, 2
 
 
 def main() -> None:
