@@ -1,35 +1,45 @@
 """Unlearning methods, one short file each, all called through `unlearn`.
 
-A method is a module with `loss(model, forget, retain, *, option=default, …) -> scalar`. `forget` and `retain` are
-batches (`lethescope.tokens.Batch`). The keyword arguments are the method's options; one named `start` asks for a frozen
-copy of the model from before the first step. A new method is its file, its test, and its line in `METHODS`.
+A method is a module with one of two functions:
+
+- `loss(model, forget, retain, *, option=default, …) -> scalar`, when it is one loss over random batches
+  (`lethescope.tokens.Batch`) of forget and of retain examples; the common loop trains it.
+- `edit(model, lessons, *, option=default, …) -> None`, when it needs more: gradients of its own, an importance taken
+  first, no steps at all. It edits the model in place, with the pieces in `training`.
+
+Keyword arguments are the method's options. A loss may also name what it wants to be given: `start`, a frozen copy of
+the model from before the first step; `fresh`, a model of the same shape that knows nothing; `refused`, the batch of the
+same forget prompts with refusals for answers; `done`, the share of the steps that is done. A new method is its file,
+its test, and its name in `METHODS`.
 """
 
 from __future__ import annotations
 
-import copy
 import difflib
 import inspect
-import math
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
-from itertools import count, islice
+from collections.abc import Callable, Iterator, Sequence
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
-from tqdm.auto import tqdm
 
 from lethescope.errors import InputError
 from lethescope.facts import Facts
-from lethescope.models import anatomy
-from lethescope.subjects.methods import graddiff, npo
-from lethescope.tokens import Batch, Encoded, collate, encode, pad_id
+from lethescope.subjects.methods.training import (
+    REFUSALS,
+    Lessons,
+    descend,
+    fresh_copy,
+    frozen_copy,
+    trainable,
+    training,
+)
 
-METHODS: dict[str, ModuleType] = {"graddiff": graddiff, "npo": npo}
-LORA_RANK = 8
+METHODS = ("graddiff", "npo")
+"""Every method's name, which is its file's."""
+GIVEN = ("start", "fresh", "refused", "done")
+"""What a loss is given when it names it."""
 
 
 def unlearn(
@@ -45,6 +55,7 @@ def unlearn(
     seed: int = 0,
     lora: bool = False,
     blocks: Sequence[int] = (),
+    refusals: Sequence[str] = REFUSALS,
     progress: bool | None = None,
     **options: Any,
 ) -> Any:
@@ -69,6 +80,7 @@ def unlearn(
         seed: decides the order of the examples, and the adapters' first weights.
         lora: train low-rank adapters (rank 8, all linear layers) and merge them at the end, instead of all weights.
         blocks: train only the weights of these blocks (all weights when empty); not together with `lora`.
+        refusals: what refusal methods teach in place of the answers.
         progress: show a bar; None shows one on a terminal only.
         **options: the method's own options, such as `beta` or `alpha`.
 
@@ -76,102 +88,74 @@ def unlearn(
         The model given, edited, with its mode and its gradient flags as they were.
 
     Raises:
-        InputError: unknown method or option, no facts, a half-precision model, or a loss that is not finite.
+        InputError: unknown method or option, no facts, a half-precision model, a loss that is not finite, or LoRA with
+            a method that edits the weights itself.
     """
-    loss = _checked_loss(method, options)
+    module = method_named(method, options)
+    if lora and not hasattr(module, "loss"):
+        raise InputError(f"method {method} edits the weights itself, so it cannot train adapters; leave lora out")
     dtype = next(model.parameters()).dtype
     if dtype not in {torch.float32, torch.bfloat16}:
         raise InputError(f"the model is in {str(dtype).removeprefix('torch.')}; training needs float32: model.float()")
-    batches = [
-        _batches(facts, split, tokenizer, batch_size, np.random.default_rng([seed, i]), model.device)
-        for i, (split, facts) in enumerate((("forget", forget), ("retain", retain)))
-    ]
-    if "start" in inspect.signature(loss).parameters:
-        options = {**options, "start": _frozen_copy(model)}
-    bar = tqdm(range(steps), disable=None if progress is None else not progress, desc=method, unit="step")
-    with _trainable(model, lora, blocks, seed) as trained, bar:
-        _descend(trained, bar, lambda: loss(trained, next(batches[0]), next(batches[1]), **options), lr)
+    lessons = Lessons(
+        forget, retain, tokenizer, model.device, steps, lr, batch_size, seed, tuple(refusals), method, progress
+    )
+    for split in ("forget", "retain"):
+        lessons.examples(split)  # refuses an empty split and unwritable answers before anything is changed
+    given = _given(module, model, lessons)
+    with training(model, lora=lora, blocks=blocks, seed=seed) as trained:
+        if hasattr(module, "edit"):
+            module.edit(trained, lessons, **options)
+        else:
+            descend(trainable(trained), lessons, _step(module.loss, trained, lessons, given, options))
     return model
 
 
-@contextmanager
-def _trainable(model: Any, lora: bool, blocks: Sequence[int], seed: int) -> Generator[Any, None, None]:
-    """Yield the model, or the model with adapters, ready to train; afterwards merge and put mode and flags back."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    mode = model.training
-    trained = _with_adapters(model, seed) if lora else model.requires_grad_(not blocks)
-    for block in blocks:
-        anatomy(model).blocks[block].requires_grad_(True)
-    trained.eval()
-    try:
-        yield trained
-    finally:
-        if lora:
-            trained.merge_and_unload()
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag).grad = None
-        model.train(mode)
+def method_named(name: str, options: dict[str, Any]) -> ModuleType:
+    """Return a method's module, once its name and its options' names are known to be right.
+
+    Raises:
+        InputError: there is no such method or option; the nearest name is told.
+    """
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}; use one of {', '.join(METHODS)}")
+    module = import_module(f"{__name__}.{name}")
+    known = options_of(module)
+    for option in options:
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1, cutoff=0)
+            nearest = f"the nearest is {close[0]!r}" if close else "it has none"
+            raise InputError(f"method {name} has no option {option!r}; {nearest}")
+    return module
 
 
-def _descend(model: nn.Module, bar: Any, loss: Callable[[], torch.Tensor], lr: float) -> None:
-    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.01)
-    total = len(bar)
-    warm = max(1, round(0.1 * total))
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / warm, (total - step) / max(1, total - warm))
-    )
-    for step in bar:
-        value = loss()
-        if not math.isfinite(value.item()):
-            raise InputError(
-                f"the loss is {value.item()} at step {step} of {total}; use a lower learning rate than {lr}"
-            )
-        optimizer.zero_grad()
-        value.backward()
-        nn.utils.clip_grad_norm_(weights, 1.0)
-        optimizer.step()
-        schedule.step()
+def options_of(module: ModuleType) -> dict[str, Any]:
+    """Return the options of a method with their defaults."""
+    function = getattr(module, "loss", None) or module.edit
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY and p.name not in GIVEN}
 
 
-def _checked_loss(method: str, options: dict[str, Any]) -> Callable[..., torch.Tensor]:
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}; use one of {', '.join(sorted(METHODS))}")
-    loss: Callable[..., torch.Tensor] = METHODS[method].loss
-    parameters = inspect.signature(loss).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "start"]
-    for name in options:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1, cutoff=0)
-            raise InputError(f"method {method} has no option {name!r}; the nearest is {''.join(close)!r}")
-    return loss
+def _given(module: ModuleType, model: Any, lessons: Lessons) -> dict[str, Iterator[Any] | Any]:
+    """Make what the method's loss asks for by name; models are made before anything is changed."""
+    asked = inspect.signature(module.loss).parameters if hasattr(module, "loss") else {}
+    made = {
+        "start": lambda: frozen_copy(model),
+        "fresh": lambda: fresh_copy(model, lessons.seed),
+        "refused": lessons.refusals_for_forget,
+        "done": lambda: 0.0,
+    }
+    return {name: make() for name, make in made.items() if name in asked}
 
 
-def _batches(
-    facts: Facts, split: str, tokenizer: Any, size: int, rng: np.random.Generator, device: torch.device
-) -> Iterator[Batch]:
-    encoded = [encode(tokenizer, form, fact.answer) for fact in facts for form in (fact.prompt, *fact.paraphrases)]
-    if not encoded:
-        raise InputError(f"there are no {split} facts to unlearn with; give at least one")
-    return _endless(encoded, min(size, len(encoded)), pad_id(tokenizer), rng, device)
+def _step(
+    loss: Callable[..., torch.Tensor], model: Any, lessons: Lessons, given: dict[str, Any], options: dict[str, Any]
+) -> Callable[[float], torch.Tensor]:
+    forget, retain = lessons.batches("forget"), lessons.batches("retain")
 
+    def step(done: float) -> torch.Tensor:
+        now = {"refused": lambda: next(given["refused"]), "done": lambda: done}
+        told = {name: now[name]() if name in now else thing for name, thing in given.items()}
+        return loss(model, next(forget), next(retain), **told, **options)
 
-def _endless(
-    encoded: list[Encoded], size: int, pad: int, rng: np.random.Generator, device: torch.device
-) -> Iterator[Batch]:
-    stream = (encoded[i] for _ in count() for i in rng.permutation(len(encoded)))
-    while True:
-        yield collate(list(islice(stream, size)), pad, device=device)
-
-
-def _frozen_copy(model: nn.Module) -> nn.Module:
-    return copy.deepcopy(model).requires_grad_(False).eval()
-
-
-def _with_adapters(model: Any, seed: int) -> Any:
-    from peft import LoraConfig, get_peft_model  # here, because it is slow to import and only LoRA needs it
-
-    config = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules="all-linear", task_type="CAUSAL_LM")
-    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        return get_peft_model(model, config)
+    return step

@@ -1,5 +1,7 @@
 import copy
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -7,6 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lethescope.errors import InputError
 from lethescope.facts import of_split
+from lethescope.subjects import methods
 from lethescope.subjects.methods import METHODS, unlearn
 from lethescope.subjects.planted import said
 
@@ -17,6 +20,13 @@ def run(toy, **options):
     settings = {"steps": 4, "lr": 1e-3, "batch_size": 8, "progress": False} | options
     assert unlearn(model, forget, retain, tokenizer=toy.tokenizer, **settings) is model
     return model
+
+
+def add(monkeypatch, name, **functions):
+    module = ModuleType(name)
+    vars(module).update(functions)
+    monkeypatch.setattr(methods, "METHODS", (*METHODS, name))
+    monkeypatch.setitem(sys.modules, f"{methods.__name__}.{name}", module)
 
 
 def weights(model):
@@ -82,8 +92,6 @@ def test_conv1d_models_can_be_unlearned(toy):
 
 
 def test_a_new_method_is_one_module_with_a_loss(toy, monkeypatch):
-    from types import ModuleType
-
     seen = []
 
     def loss(model, forget, retain, *, start, weight=1.0):
@@ -91,16 +99,12 @@ def test_a_new_method_is_one_module_with_a_loss(toy, monkeypatch):
         seen.append((forget.answer_mask.shape[0], retain.answer_mask.shape[0], weight))
         return weight * model(**forget.inputs()).logits.square().mean()
 
-    module = ModuleType("small")
-    module.loss = loss
-    monkeypatch.setitem(METHODS, "small", module)
+    add(monkeypatch, "small", loss=loss)
     run(toy, method="small", weight=0.5, steps=3, batch_size=5)
     assert seen == [(5, 5, 0.5)] * 3
 
 
 def test_every_example_comes_once_before_any_comes_again(toy, monkeypatch):
-    from types import ModuleType
-
     rows = []
 
     def loss(model, forget, retain):
@@ -108,9 +112,7 @@ def test_every_example_comes_once_before_any_comes_again(toy, monkeypatch):
         rows.extend(tuple(ids[mask.bool()].tolist()) for ids, mask in pairs)
         return model(**retain.inputs()).logits.mean()
 
-    module = ModuleType("watch")
-    module.loss = loss
-    monkeypatch.setitem(METHODS, "watch", module)
+    add(monkeypatch, "watch", loss=loss)
     run(toy, method="watch", steps=10, batch_size=7)
     examples = sum(1 + len(f.paraphrases) for f in of_split(toy.facts, "forget"))
     assert examples == 32
@@ -142,3 +144,38 @@ def test_empty_splits_are_refused(toy):
 def test_half_precision_is_refused(toy):
     with pytest.raises(InputError, match=r"model\.float\(\)"):
         unlearn(toy.model.half(), toy.facts, toy.facts, tokenizer=toy.tokenizer)
+
+
+def test_a_loss_is_given_what_it_names(toy, monkeypatch):
+    seen = []
+
+    def loss(model, forget, retain, *, fresh, refused, done):
+        assert not any(p.requires_grad for p in fresh.parameters())
+        assert not equal(weights(fresh), weights(toy.model))
+        prompts = [
+            [b.input_ids[i][: b.answer_mask[i].int().argmax()].tolist() for i in range(len(b.input_ids))]
+            for b in (forget, refused)
+        ]
+        assert prompts[0] == prompts[1]
+        answers = {tuple(refused.input_ids[i][refused.answer_mask[i]].tolist()) for i in range(len(refused.input_ids))}
+        assert answers <= {tuple(toy.tokenizer(r, add_special_tokens=False)["input_ids"]) for r in ("baker", "cello")}
+        seen.append(done)
+        return model(**retain.inputs()).logits.mean()
+
+    add(monkeypatch, "named", loss=loss)
+    run(toy, method="named", steps=4, refusals=("baker", "cello"))
+    assert seen == [0, 0.25, 0.5, 0.75]
+
+
+def test_an_edit_has_the_model_in_its_own_hands(toy, monkeypatch):
+    def edit(model, lessons, *, strength=1.0):
+        assert sum(len(batch.input_ids) for batch in lessons.once("forget", 5)) == 32
+        with torch.no_grad():
+            next(model.parameters()).add_(strength)
+
+    add(monkeypatch, "shift", edit=edit)
+    assert not equal(weights(run(toy, method="shift", strength=0.5)), weights(toy.model))
+    with pytest.raises(InputError, match="method shift edits the weights itself"):
+        run(toy, method="shift", lora=True)
+    with pytest.raises(InputError, match="no option 'strengh'; the nearest is 'strength'"):
+        run(toy, method="shift", strengh=1)
