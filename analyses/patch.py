@@ -15,7 +15,7 @@ from lethescope.facts import Fact
 from lethescope.hooks import capturing, resuming
 from lethescope.models import Model
 from lethescope.probes import lens
-from lethescope.scoring import Candidates, candidates, mean_over_answer, tails, target_log_probs
+from lethescope.scoring import Candidates, candidates, tails
 from lethescope.tokens import Encoded
 
 Scores = Float[np.ndarray, "fact candidate layer"]
@@ -129,13 +129,12 @@ def _patched(
     out = np.full((len(run), len(layers)), np.nan)
     for part in (slice(i, i + rows) for i in range(0, len(run), rows)):
         states = tail_states(source, seen[part])
-        for batch in tails(target, run[part]):
+        for batch in tails(target, run[part], apart=[e.ids[: e.start] for e in seen[part]]):
             for column, layer in enumerate(layers):
-                value = states[batch.rows, layer, : batch.input_ids.shape[1]].to(target.dtype)
+                value = states[batch.lead, layer, : batch.input_ids.shape[1]].to(target.dtype)
                 with resuming(target.blocks, layer, value):
-                    log_p = target_log_probs(batch.run(target), batch.targets)
-                mean = mean_over_answer(log_p, batch.mask).double().cpu().numpy()
-                out[part][batch.rows, column] = mean
+                    mean = batch.mean_log_prob(batch.run(target))
+                out[part][batch.rows, column] = mean.double().cpu().numpy()
     return out
 
 
@@ -146,7 +145,7 @@ def tail_states(model: Model, encoded: Sequence[Encoded]) -> Float[Tensor, "answ
     for batch in tails(model, encoded):
         with capturing(model.blocks, stop=True) as seen:
             batch.run(model)
-        states = torch.stack([seen[layer] for layer in range(len(model.blocks))], 1)
+        states = torch.stack([seen[layer][batch.owner] for layer in range(len(model.blocks))], 1)
         padded = functional.pad(states, (0, 0, 0, width - states.shape[2]))
         found.update(zip(batch.rows, padded, strict=True))
     return torch.stack([found[row] for row in range(len(encoded))])

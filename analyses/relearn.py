@@ -1,7 +1,6 @@
 """Channel *relearn*: does retraining on some forget facts bring back others, which were not retrained?"""
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +13,7 @@ from lethescope.channel import Channel
 from lethescope.facts import Fact
 from lethescope.models import Model, merged_copy
 from lethescope.scoring import candidates, score_tokens
-from lethescope.tokens import Encoded, collate, encode, pad_id
+from lethescope.tokens import Batch, Encoded, collate, encode, pad_id
 
 
 def measure(
@@ -120,7 +119,7 @@ def train(
     Yields:
         The number of each step when it is done.
     """
-    optimiser = torch.optim.Adam([p for p in learner.module.parameters() if p.requires_grad], lr=rate)
+    optimiser = torch.optim.Adam([p for p in learner.module.parameters() if p.requires_grad], lr=rate, fused=True)
     rng = np.random.default_rng(seed)
     queue: list[int] = []
     pad = pad_id(learner.tokenizer)
@@ -128,18 +127,23 @@ def train(
         while len(queue) < min(batch_size, len(lessons)):
             queue += rng.permutation(len(lessons)).tolist()
         chosen, queue = queue[:batch_size], queue[batch_size:]
-        loss = answer_loss(learner.module, collate([lessons[i] for i in chosen], pad, device=learner.device))
+        batch = collate([lessons[i] for i in chosen], pad, side="left", device=learner.device)
+        loss = answer_loss(learner.module, batch)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         yield step
 
 
-def answer_loss(module: nn.Module, batch: Any) -> torch.Tensor:
-    """Mean negative log-likelihood of the answer tokens of a batch."""
-    logits = module(**batch.inputs()).logits[:, :-1]
-    wanted = batch.answer_mask[:, 1:]
-    return functional.cross_entropy(logits[wanted].float(), batch.input_ids[:, 1:][wanted])
+def answer_loss(module: nn.Module, batch: Batch) -> torch.Tensor:
+    """Mean negative log-likelihood of the answer tokens of a batch that is padded on the left.
+
+    Answers stand at the end there, so only the last positions are decoded: a vocabulary is wide.
+    """
+    longest = int(batch.answer_mask.sum(-1).max())
+    logits = module(**batch.inputs(), logits_to_keep=longest + 1).logits[:, :-1]
+    wanted = batch.answer_mask[:, -longest:]
+    return functional.cross_entropy(logits[wanted].float(), batch.input_ids[:, -longest:][wanted])
 
 
 def _trainable(module: nn.Module, method: str, rank: int, seed: int) -> nn.Module:

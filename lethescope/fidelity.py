@@ -36,7 +36,7 @@ def check_model(model: Model, facts: Sequence[Fact], *, most: int = 4) -> None:
     for side in ("left", "right"):
         _check_padding(model, encoded, [states for _, _, states in single], side)
     for batch in tails(model, encoded):
-        log_p = target_log_probs(batch.run(model), batch.targets)
+        log_p = batch.log_probs(batch.run(model))
         for row, found, mask in zip(batch.rows, log_p, batch.mask, strict=True):
             e, plain = encoded[row], single[row][0][0]
             wanted = target_log_probs(plain[e.start - 1 : -1], torch.tensor(e.answer, device=plain.device))

@@ -26,18 +26,23 @@ from lethescope.tokens import Encoded, encode, pad_id
 class Tails:
     """A batch of answers with the keys and values of their prompts.
 
-    `rows` are positions in the list that was asked for; `mask` is True where a tail position is real.
+    An answer whose tail is the beginning of another's (all answers of one token, after the same prompt) has no sequence
+    of its own: causal attention gives both the same numbers. `owner` says which sequence an answer is read from, and
+    `lead` which answer's tail a sequence is. `rows` and `lead` are positions in the list that was asked for; `mask` is
+    True where an answer's token is real.
     """
 
     rows: list[int]
-    input_ids: Int[Tensor, "row pos"]
+    owner: Int[Tensor, " row"]
     targets: Int[Tensor, "row pos"]
     mask: Bool[Tensor, "row pos"]
-    attention_mask: Int[Tensor, "row all"]
-    position_ids: Int[Tensor, "row pos"]
+    lead: list[int]
+    input_ids: Int[Tensor, "sequence pos"]
+    attention_mask: Int[Tensor, "sequence all"]
+    position_ids: Int[Tensor, "sequence pos"]
     cache: Any
 
-    def run(self, model: Model) -> Float[Tensor, "row pos vocab"]:
+    def run(self, model: Model) -> Float[Tensor, "sequence pos vocab"]:
         """Run the model over the tails and return its logits; the kept keys and values stay as they were."""
         return model.module(
             input_ids=self.input_ids,
@@ -47,9 +52,24 @@ class Tails:
             use_cache=self.cache is not None,
         ).logits
 
+    def log_probs(self, logits: Float[Tensor, "sequence pos vocab"]) -> Float[Tensor, "row pos"]:
+        """Log-probability of each answer's tokens, in float32 whatever the model's dtype."""
+        sequence, place = self.owner[:, None], torch.arange(self.targets.shape[1], device=self.owner.device)
+        chosen = logits[sequence, place, self.targets].float()
+        return chosen - logits.float().logsumexp(-1)[sequence, place]
 
-def tails(model: Model, encoded: Sequence[Encoded], *, rows: int = 256) -> Iterator[Tails]:
-    """Yield batches of at most about `rows` answers (a prompt's candidates stay together)."""
+    def mean_log_prob(self, logits: Float[Tensor, "sequence pos vocab"]) -> Float[Tensor, " row"]:
+        """Mean log-probability of each answer's tokens."""
+        return mean_over_answer(self.log_probs(logits), self.mask)
+
+
+def tails(
+    model: Model, encoded: Sequence[Encoded], *, rows: int = 256, apart: Sequence[Any] | None = None
+) -> Iterator[Tails]:
+    """Yield batches of at most about `rows` answers (a prompt's candidates stay together).
+
+    Answers for which `apart` differs never share a sequence: they will be given different states.
+    """
     groups: dict[tuple[int, ...], list[int]] = {}
     for row, e in enumerate(encoded):
         groups.setdefault(e.prefix, []).append(row)
@@ -57,22 +77,27 @@ def tails(model: Model, encoded: Sequence[Encoded], *, rows: int = 256) -> Itera
     for prefix in sorted(groups, key=lambda p: (len(p), p)):
         full = sum(len(groups[p]) for p in chunk) + len(groups[prefix]) > rows
         if chunk and (full or not chunk[-1]):  # prompts of one token have no cache, so they go alone
-            yield _tails(model, encoded, {p: groups[p] for p in chunk})
+            yield _tails(model, encoded, {p: groups[p] for p in chunk}, apart)
             chunk = []
         chunk.append(prefix)
     if chunk:
-        yield _tails(model, encoded, {p: groups[p] for p in chunk})
+        yield _tails(model, encoded, {p: groups[p] for p in chunk}, apart)
 
 
 @torch.no_grad()
-def _tails(model: Model, encoded: Sequence[Encoded], groups: dict[tuple[int, ...], list[int]]) -> Tails:
+def _tails(
+    model: Model, encoded: Sequence[Encoded], groups: dict[tuple[int, ...], list[int]], apart: Sequence[Any] | None
+) -> Tails:
     rows = [row for members in groups.values() for row in members]
-    pad = pad_id(model.tokenizer)
+    leads = {row: _lead(row, members, encoded, apart) for members in groups.values() for row in members}
+    lead = list(dict.fromkeys(leads.values()))
+    sequence = {row: i for i, row in enumerate(lead)}
+    prompt = {row: i for i, members in enumerate(groups.values()) for row in members}
+    pad, to = pad_id(model.tokenizer), model.device
     prefix, prefix_mask = _pad(list(groups), pad, left=True)
-    owner = torch.tensor([i for i, members in enumerate(groups.values()) for _ in members])
-    ids, mask = _pad([encoded[row].tail for row in rows], pad, left=False)
-    targets, _ = _pad([encoded[row].answer for row in rows], pad, left=False)
-    to = model.device
+    ids, tail_mask = _pad([encoded[row].tail for row in lead], pad, left=False)
+    targets, mask = _pad([encoded[row].answer for row in rows], pad, left=False)
+    owner = torch.tensor([prompt[row] for row in lead])
     cache = None
     if prefix.shape[1]:
         positions = (prefix_mask.cumsum(-1) - 1).clamp(min=0)
@@ -87,13 +112,22 @@ def _tails(model: Model, encoded: Sequence[Encoded], groups: dict[tuple[int, ...
     start = prefix_mask.sum(-1)[owner]
     return Tails(
         rows,
-        ids.to(to),
+        torch.tensor([sequence[leads[row]] for row in rows], device=to),
         targets.to(to),
         mask.bool().to(to),
-        torch.cat([prefix_mask[owner], mask], -1).to(to),
+        lead,
+        ids.to(to),
+        torch.cat([prefix_mask[owner], tail_mask], -1).to(to),
         (start[:, None] + torch.arange(ids.shape[1])).to(to),
         cache,
     )
+
+
+def _lead(row: int, members: Sequence[int], encoded: Sequence[Encoded], apart: Sequence[Any] | None) -> int:
+    """Return the first of the longest tails that begin with this row's tail."""
+    tail = encoded[row].tail
+    alike = [m for m in members if encoded[m].tail[: len(tail)] == tail and (apart is None or apart[m] == apart[row])]
+    return max(alike, key=lambda m: len(encoded[m].tail))
 
 
 def _pad(sequences: Sequence[tuple[int, ...]], pad: int, *, left: bool) -> tuple[Tensor, Tensor]:
@@ -129,8 +163,8 @@ def score_tokens(model: Model, encoded: Sequence[Encoded]) -> tuple[NDArray[np.f
     right = np.zeros((len(encoded), width), dtype=bool)
     for batch in tails(model, encoded):
         logits = batch.run(model)
-        found = target_log_probs(logits, batch.targets).double().masked_fill(~batch.mask, float("nan"))
-        top = (logits.argmax(-1) == batch.targets) & batch.mask
+        found = batch.log_probs(logits).double().masked_fill(~batch.mask, float("nan"))
+        top = (logits.argmax(-1)[batch.owner, : found.shape[1]] == batch.targets) & batch.mask
         log_probs[batch.rows, : found.shape[1]] = found.cpu().numpy()
         right[batch.rows, : top.shape[1]] = top.cpu().numpy()
     return log_probs, right

@@ -11,7 +11,7 @@ from lethescope.channel import Channel, every_budget
 from lethescope.facts import Fact
 from lethescope.hooks import capturing
 from lethescope.models import Model
-from lethescope.scoring import candidates, mean_over_answer, tails, target_log_probs
+from lethescope.scoring import candidates, tails
 
 
 @torch.no_grad()
@@ -44,8 +44,7 @@ def measure(model: Model, facts: Sequence[Fact], *, original: Model | None = Non
             batch.run(model)
         for d, decoder in enumerate(decoders.values()):
             for layer, h in seen.items():
-                log_p = target_log_probs(decoder.decode(h), batch.targets)
-                found[batch.rows, d, layer] = mean_over_answer(log_p, batch.mask).cpu().numpy()
+                found[batch.rows, d, layer] = batch.mean_log_prob(decoder.decode(h)).cpu().numpy()
     names = [(name, layer) for name in decoders for layer in range(layers)]
     return measurement.from_scores(
         asked.table(found.reshape(len(found), -1)),

@@ -92,7 +92,7 @@ def states(model: Model, facts: Sequence[Fact]) -> Float[np.ndarray, "fact layer
     for batch in tails(model, encoded):
         with capturing(model.blocks, stop=True) as seen:
             batch.run(model)
-        last = torch.stack([seen[layer][:, 0] for layer in range(len(model.blocks))], 1)
+        last = torch.stack([seen[layer][batch.owner, 0] for layer in range(len(model.blocks))], 1)
         found.update(zip(batch.rows, last.float().cpu().numpy(), strict=True))
     return np.stack([found[i] for i in range(len(facts))]) if facts else np.zeros((0, len(model.blocks), 0))
 

@@ -86,9 +86,7 @@ def test_batches_hold_every_answer_once_and_candidates_together(make_model: Any,
     for batch in tails(model, encoded, rows=rows):
         seen += batch.rows
         prompts += [{encoded[row].prefix for row in batch.rows}]
-        for row, log_p, mask in zip(
-            batch.rows, target_log_probs(batch.run(model), batch.targets), batch.mask, strict=True
-        ):
+        for row, log_p, mask in zip(batch.rows, batch.log_probs(batch.run(model)), batch.mask, strict=True):
             np.testing.assert_allclose(log_p[mask], textbook(model, encoded[row])[0], rtol=0, atol=1e-4)
     assert sorted(seen) == list(range(len(encoded)))
     assert all(not a & b for i, a in enumerate(prompts) for b in prompts[:i])
@@ -103,6 +101,19 @@ def test_a_kept_prompt_is_not_used_up(make_model: Any, kind: str) -> None:
             with capturing(model.blocks, stop=True):
                 batch.run(model)  # a pass that is cut off must not leave half of its keys behind
             torch.testing.assert_close(batch.run(model), first, rtol=0, atol=0)
+
+
+def test_a_tail_that_begins_another_is_run_with_it(make_model: Any) -> None:
+    prompt = (5, 6, 7)
+    encoded = [Encoded(prompt + answer, 3) for answer in ((8,), (9, 10), (9, 11, 12), (13,), (9, 11))]
+    model = make_model()
+    (batch,) = tails(model, encoded)
+    # the tails are 7 | 7 9 | 7 9 11 | 7 | 7 9: all begin the third
+    assert batch.lead == [2] and batch.owner.tolist() == [0] * 5
+    for row, log_p, mask in zip(batch.rows, batch.log_probs(batch.run(model)), batch.mask, strict=True):
+        np.testing.assert_allclose(log_p[mask], textbook(model, encoded[row])[0], rtol=0, atol=1e-4)
+    (parted,) = tails(model, encoded, apart="aabab")
+    assert parted.lead == [1, 2] and parted.owner.tolist() == [0, 0, 1, 0, 1]
 
 
 def test_target_log_probs_are_those_of_float32(make_model: Any) -> None:
