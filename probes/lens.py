@@ -37,14 +37,17 @@ def measure(model: Model, facts: Sequence[Fact], *, original: Model | None = Non
     decoders = {"own": model}
     if original is not None and original.shape[1:] == model.shape[1:]:
         decoders["frozen"] = original
+    alike = len(decoders) == 2 and _decode_alike(*decoders.values())
     layers = len(model.blocks)
     found = np.full((len(asked.encoded), len(decoders), layers), np.nan)
     for batch in tails(model, asked.encoded):
         with capturing(model.blocks, stop=True) as seen:
             batch.run(model)
-        for d, decoder in enumerate(decoders.values()):
-            for layer, h in seen.items():
+        for layer, h in seen.items():
+            for d, decoder in enumerate([model] if alike else decoders.values()):
                 found[batch.rows, d, layer] = batch.mean_log_prob(decoder.decode(h)).cpu().numpy()
+    if alike:
+        found[:, 1] = found[:, 0]
     names = [(name, layer) for name in decoders for layer in range(layers)]
     return measurement.from_scores(
         asked.table(found.reshape(len(found), -1)),
@@ -52,6 +55,14 @@ def measure(model: Model, facts: Sequence[Fact], *, original: Model | None = Non
         [f"{name} block {layer}" for name, layer in names],
         place_coords={"layer": [layer for _, layer in names], "decoder": [name for name, _ in names]},
     )
+
+
+def _decode_alike(model: Model, original: Model) -> bool:
+    """Whether two models have the same final norm and unembedding: then one decoding is enough."""
+    one, other = (
+        [*m.anatomy.norm.state_dict().values(), *m.anatomy.head.state_dict().values()] for m in (model, original)
+    )
+    return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 CHANNEL = Channel(
