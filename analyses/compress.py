@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 
 import numpy as np
 import torch
@@ -12,11 +13,14 @@ from torch import Tensor
 
 from lethescope import measurement
 from lethescope.channel import Channel
+from lethescope.errors import InputError
 from lethescope.facts import Fact
 from lethescope.models import Model, merged_copy
 from lethescope.scoring import candidates, score_tokens
 
 SETTINGS = ("int8", "int4", "int3", "prune 10%", "prune 30%", "prune 50%")
+NF4 = ("nf4",) if find_spec("bitsandbytes") else ()
+"""Tried by the thorough budget where its library is there; a Measurement's parameters say whether it was."""
 
 
 def measure(
@@ -122,8 +126,15 @@ def prune(weight: Float[Tensor, "out in"], share: float) -> Float[Tensor, "out i
 
 
 def nf4(weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-    """Round to 4-bit NormalFloat by bitsandbytes, and back (Dettmers et al. 2023, arXiv 2305.14314)."""
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    """Round to 4-bit NormalFloat by bitsandbytes, and back (Dettmers et al. 2023, arXiv 2305.14314).
+
+    Raises:
+        InputError: bitsandbytes is not installed.
+    """
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    except ImportError as error:
+        raise InputError("the setting nf4 needs bitsandbytes: pip install 'lethescope[nf4]'") from error
 
     packed, how = quantize_4bit(weight.float().contiguous(), quant_type="nf4")
     return dequantize_4bit(packed, how).to(weight.dtype)
@@ -138,6 +149,6 @@ CHANNEL = Channel(
     budgets={
         "quick": {"settings": ("int8", "int4", "int3", "prune 30%")},
         "standard": {"settings": SETTINGS},
-        "thorough": {"settings": SETTINGS, "prompts": 3},
+        "thorough": {"settings": (*SETTINGS, *NF4), "prompts": 3},
     },
 )

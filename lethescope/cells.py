@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 from lethescope import engine as engines
 from lethescope import measurement, runs
 from lethescope.channel import Channel
+from lethescope.cost import counting
 from lethescope.errors import InputError
 from lethescope.facts import Facts, facts_hash
 from lethescope.models import Model
@@ -97,7 +98,8 @@ class Bench:
     def _compute(self, cell: Cell) -> xr.Dataset:
         model, facts, channel = self.model(cell.role), self._given(cell), cell.channel
         options = dict(channel.budgets[self.budget])
-        found = channel.measure(model, facts, original=self.models["original"], seed=self.seed, **options)
+        with counting() as cost:
+            found = channel.measure(model, facts, original=self.models["original"], seed=self.seed, **options)
         return found.assign_attrs(
             probe=channel.name,
             version=channel.version,
@@ -110,6 +112,7 @@ class Bench:
             citation=channel.citation,
             units="nats per answer token",
             scale=channel.scale,
+            **vars(cost),
         )
 
 

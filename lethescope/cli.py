@@ -1,10 +1,12 @@
 """The command line: a thin shell over the Python functions."""
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 from lethescope.errors import InputError
 
@@ -14,8 +16,8 @@ VERDICTS = ("known", "suppressed", "partly_erased", "no_residue_found", "damaged
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code: 0 done, 1 a verdict named in --fail-on, 2 bad input, 130 stopped."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    options = _parser().parse_args(argv)
     try:
+        options = _parser().parse_args(argv)
         return options.run(options)
     except InputError as error:
         print(f"lethescope: {error}", file=sys.stderr)
@@ -25,13 +27,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser that tells a mistake in one line, like every other mistake."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="lethescope", description="Did the model forget, or did it only stop saying it?"
-    )
+    parser = _Parser(prog="lethescope", description="Did the model forget, or did it only stop saying it?")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_audit(commands.add_parser("audit", help="compare a model before and after unlearning"))
     _add_unlearn(commands.add_parser("unlearn", help="make an unlearned model, to audit"))
+    _add_zoo(commands.add_parser("zoo", help="make models whose truth is known, to validate on"))
+    _add_validate(commands.add_parser("validate", help="how far each channel can be trusted, on a zoo"))
+    _add_tofu_score(commands.add_parser("tofu-score", help="forget quality and model utility from a TOFU log"))
     return parser
 
 
@@ -95,7 +105,13 @@ def _add_unlearn(parser: argparse.ArgumentParser) -> None:
     parser.description = "Unlearn the forget facts and keep the retain facts; writes a Hugging Face folder."
     parser.add_argument("--model", required=True, metavar="REF", help="the model to start from; it is not changed")
     parser.add_argument("--facts", required=True, metavar="FILE")
-    parser.add_argument("--method", default="npo", help="npo, graddiff")
+    parser.add_argument("--method", default="npo", help="npo, graddiff, rmu, ssd … (a wrong name lists them all)")
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="of the method (beta=0.5); may be repeated"
+    )
+    parser.add_argument(
+        "--refusal", action="append", default=[], metavar="TEXT", help="what refusal methods teach; may be repeated"
+    )
     parser.add_argument("--out", required=True, metavar="DIR", help="new folder for the unlearned model")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -128,10 +144,99 @@ def _unlearn(options: argparse.Namespace) -> int:
         batch_size=options.batch_size,
         lora=options.lora,
         seed=options.seed,
+        **({"refusals": options.refusal} if options.refusal else {}),
+        **dict(map(_method_option, options.option)),
     )
     module.save_pretrained(out)
     model.tokenizer.save_pretrained(out)
     print(f"unlearned by {options.method}: {out}")
+    return 0
+
+
+def _method_option(given: str) -> tuple[str, Any]:
+    """Read NAME=VALUE; a value that is JSON (a number, true, a list) is taken as that, any other as text.
+
+    Raises:
+        InputError: there is no `=`.
+    """
+    name, equals, value = given.partition("=")
+    if not equals:
+        raise InputError(f"--option {given}: write it as NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
+
+
+def _add_zoo(parser: argparse.ArgumentParser) -> None:
+    build = parser.add_subparsers(title="commands", required=True, metavar="COMMAND").add_parser(
+        "build", help="train a zoo, or go on with one"
+    )
+    build.description = (
+        "Make models that hold or do not hold their forget facts by construction, and one for every unlearning method. "
+        "Run the same command again to go on after a stop."
+    )
+    build.add_argument("--size", default="quick", help="quick, standard or full")
+    build.add_argument("--out", required=True, metavar="DIR", help="folder for the zoo")
+    build.add_argument("--base", default="", metavar="REF", help="start from this model instead of small ones")
+    build.add_argument("--facts", default="", metavar="FILE", help="with --base: these facts, not fictitious people")
+    build.add_argument("--processes", type=int, default=2, help="models made side by side")
+    build.set_defaults(run=_build_zoo)
+
+
+def _build_zoo(options: argparse.Namespace) -> int:
+    from lethescope.subjects import zoo
+
+    made = zoo.build(
+        options.out, size=options.size, base=options.base, facts=options.facts, processes=options.processes
+    )
+    pools = sorted({m.pool for m in made.members})
+    print(f"zoo of {len(made.members)} models: {', '.join(f'{len(made.pool(p))} {p}' for p in pools)}; {made.folder}")
+    return 0
+
+
+def _add_validate(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Audit every model of a zoo and say how well each channel, each output metric and the verdict tell models that "
+        "hold the facts from models that do not. Run the same command again to go on after a stop."
+    )
+    parser.add_argument("--zoo", required=True, metavar="DIR", help="a zoo that lethescope zoo build made")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for validation.json, tables and figures")
+    parser.add_argument("--page", metavar="FILE.md", help="also write the page (docs/validation.md)")
+    parser.add_argument("--budget", default="quick", choices=("quick", "standard", "thorough"))
+    parser.add_argument("--processes", type=int, default=2, help="audits run side by side")
+    parser.set_defaults(run=_validate)
+
+
+def _validate(options: argparse.Namespace) -> int:
+    from lethescope.validate import in_brief, validate
+
+    summary = validate(options.zoo, options.out, budget=options.budget, processes=options.processes, page=options.page)
+    print(f"{in_brief(summary)}\n\nresults: {options.out}")
+    return 0
+
+
+def _add_tofu_score(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        "Print forget quality and model utility, as TOFU computes them, from its aggregated log or OpenUnlearning's "
+        "TOFU_EVAL.json. Both are about outputs: they do not show that anything was forgotten."
+    )
+    parser.add_argument("log", metavar="LOG.json", help="the unlearned model's log")
+    parser.add_argument("--reference", metavar="LOG.json", help="log of a model never taught the forget set")
+    parser.add_argument(
+        "--average",
+        default="arithmetic",
+        choices=("arithmetic", "geometric"),
+        help="of the wrong answers' probabilities in the utility's truth ratios: arithmetic as in the paper, geometric "
+        "as in TOFU's script for finished logs and in OpenUnlearning",
+    )
+    parser.set_defaults(run=_tofu_score)
+
+
+def _tofu_score(options: argparse.Namespace) -> int:
+    from lethescope.tofu_score import tofu_score
+
+    print(json.dumps(tofu_score(options.log, options.reference, average=options.average), indent=2))
     return 0
 
 

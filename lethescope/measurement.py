@@ -106,6 +106,18 @@ def open_(path: Path) -> xr.Dataset:
         raise InputError(f"{path} is not a readable Measurement ({error}); delete it and run again") from error
 
 
+def is_being_written(temporary: Path) -> bool:
+    """Whether the process whose number is in a temporary file's name is still there: another audit's, most likely."""
+    number = temporary.name.removesuffix(".tmp").rpartition(".")[2]
+    try:
+        os.kill(int(number), 0)
+    except (ValueError, OverflowError, ProcessLookupError):
+        return False
+    except OSError:
+        pass  # it is there, and somebody else's
+    return True
+
+
 class replacing:
     """Give a temporary path beside `path`; on success it takes the place of `path`, on failure it is removed.
 

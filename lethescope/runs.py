@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,15 +29,14 @@ class Store:
         for place in (folder, cache):
             if place is not None and place.is_dir():
                 for left in place.glob(".*.tmp"):
-                    left.unlink(missing_ok=True)
+                    if not measurement.is_being_written(left):
+                        left.unlink(missing_ok=True)
 
     def cell(self, channel: str, role: str, key: str, compute: Callable[[], xr.Dataset]) -> xr.Dataset:
         """Return the Measurement of a channel on a role with this key, computed now if it is not there yet."""
         found = self._find(channel, role, key)
         if found is None:
-            start = time.perf_counter()
-            found = compute()
-            found.attrs.update(key=key, seconds=round(time.perf_counter() - start, 3))
+            found = compute().assign_attrs(key=key)
         found.attrs["role"] = role
         self.put(channel, role, found)
         return found

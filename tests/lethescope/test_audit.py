@@ -19,6 +19,8 @@ from lethescope.errors import InputError
 from lethescope.facts import Facts, facts_hash, of_split
 from lethescope.models import Model
 from lethescope.subjects import shipped
+from lethescope.subjects.people import people
+from lethescope.subjects.tiny import tiny_llama, train
 from lethescope.subjects.tokenizer import fact_tokenizer
 
 ROLES = ["original", "unlearned", "planted-last_block", "planted-unembedding"]
@@ -161,6 +163,21 @@ def test_noise_is_damaged(few_options: dict[str, Any], few: Facts) -> None:
                 weight.copy_(torch.from_numpy(draw.normal(0, float(weight.std()), weight.shape)))
     result = audit(**{**few_options, "unlearned": model})
     assert result.verdict == "damaged" and result.summary["damage"]["high"] < 0.5
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_two_trainings_with_different_seeds_are_never_suppressed(seed: int) -> None:
+    """Neither has unlearned anything, though no weight of the one is a weight of the other."""
+    facts = people(seed=5, forget=6, retain=12, control=6, alternatives=3)
+    tokenizer = fact_tokenizer(facts)
+    texts = [f"{form} {f.answer}." for f in facts if f.split != "control" for form in (f.prompt, *f.paraphrases)]
+    small: dict[str, Any] = {"layers": 2, "width": 48, "heads": 2, "kv_heads": 1}
+    options: dict[str, Any] = {"epochs": 30, "lr": 1e-2, "batch_size": 32, "progress": False}
+    pair = [train(tiny_llama(len(tokenizer), s, **small), tokenizer, texts, seed=s, **options) for s in (0, seed)]
+    channels = ["say", "lens", "patch"]
+    result = audit(*pair, facts, tokenizer=tokenizer, channels=channels, budget="quick", progress=False)
+    assert result.verdict == "known"
+    assert result.summary["decided_by"] == "say"
 
 
 def test_the_channels_named_for_other_vocabularies_can_be_run(few_options: dict[str, Any], few: Facts) -> None:
