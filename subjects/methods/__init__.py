@@ -36,7 +36,34 @@ from lethescope.subjects.methods.training import (
     training,
 )
 
-METHODS = ("graddiff", "npo")
+METHODS = (
+    "badteacher",
+    "blur",
+    "ceu",
+    "fisher",
+    "fit",
+    "gradascent",
+    "graddiff",
+    "gslora",
+    "gu",
+    "idkdpo",
+    "idknll",
+    "npo",
+    "ofmu",
+    "pdu",
+    "reglu",
+    "retain",
+    "rmu",
+    "salun",
+    "satimp",
+    "scrub",
+    "simnpo",
+    "ssd",
+    "taskvector",
+    "undial",
+    "vila",
+    "wga",
+)
 """Every method's name, which is its file's."""
 GIVEN = ("start", "fresh", "refused", "done")
 """What a loss is given when it names it."""

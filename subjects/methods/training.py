@@ -80,14 +80,10 @@ class Lessons:
             yield self.collate([examples[i] for i in rows])
 
     def refusals_for_forget(self) -> Iterator[Batch]:
-        """Give, beside `batches("forget")`, the same prompts in the same rows with refusals for answers.
-
-        Yields:
-            Batches without end.
-        """
-        rng, choice = np.random.default_rng([self.seed, 0]), np.random.default_rng([self.seed, 2])
-        for rows in deal(len(self.refused), self.batch_size, rng):
-            yield self.collate([self.refused[i][choice.integers(len(self.refusals))] for i in rows])
+        """Return, beside `batches("forget")`, batches of the same prompts in the same rows with refusals as answers."""
+        refused, choice = self.refused, np.random.default_rng([self.seed, 2])
+        rows = deal(len(refused), self.batch_size, np.random.default_rng([self.seed, 0]))
+        return (self.collate([refused[i][choice.integers(len(self.refusals))] for i in batch]) for batch in rows)
 
     def once(self, split: Literal["forget", "retain"], size: int | None = None) -> Iterator[Batch]:
         """Yield every example of a split once, in order, `size` at a time (the batch size when it is not given)."""

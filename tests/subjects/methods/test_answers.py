@@ -1,9 +1,18 @@
+import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from lethescope.subjects.methods.answers import nll, summed_log_prob, token_log_probs
+from lethescope.subjects.methods.answers import (
+    answer_ids,
+    answer_log_probs,
+    kl,
+    nll,
+    predicting,
+    summed_log_prob,
+    token_log_probs,
+)
 from lethescope.tokens import Encoded, collate
 
 
@@ -45,11 +54,41 @@ def test_nothing_but_answer_tokens_counts(model, batch):
     assert torch.equal(found != 0, batch.answer_mask[:, 1:])
 
 
+def test_rows_and_tokens_of_answers_come_in_one_order(model, batch):
+    expected = [(i, t) for i in range(3) for t in range(1, 6) if batch.answer_mask[i, t]]
+    assert answer_ids(batch).tolist() == [batch.input_ids[i, t].item() for i, t in expected] == [6, 7, 9, 5, 6, 2]
+    rows = predicting(model().logits.bfloat16(), batch)
+    assert rows.dtype == torch.float32
+    assert torch.equal(rows, torch.stack([model().logits[i, t - 1].bfloat16().float() for i, t in expected]))
+    found = answer_log_probs(model, batch)
+    assert torch.equal(found, token_log_probs(model, batch)[batch.answer_mask[:, 1:]])
+
+
 def test_prompt_logits_get_no_gradient(batch):
     logits = torch.zeros(3, 6, 11, requires_grad=True)
     nll(lambda **_: SimpleNamespace(logits=logits), batch).backward()
     touched = logits.grad.abs().sum(-1) > 0
     assert torch.equal(touched[:, :-1], batch.answer_mask[:, 1:]) and not touched[:, -1].any()
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_kl_agrees_with_a_loop_and_is_zero_between_equals(model, batch, temperature):
+    logits = torch.randn(3, 6, 11, generator=torch.Generator().manual_seed(1))
+    terms = []
+    for i, t in batch.answer_mask.nonzero().tolist():
+        p, q = ((z[i, t - 1].double() / temperature).softmax(-1).tolist() for z in (model().logits, logits))
+        terms.append(sum(a * math.log(a / b) for a, b in zip(p, q, strict=True)))
+    found = kl(model, lambda **_: SimpleNamespace(logits=logits), batch, temperature=temperature)
+    assert found.item() == pytest.approx(sum(terms) / len(terms), rel=1e-5)
+    assert kl(model, model, batch, temperature=temperature).item() == pytest.approx(0.0, abs=1e-6)
+
+
+def test_kl_gives_no_gradient_to_prompts_nor_to_the_teacher(model, batch):
+    now, aim = (torch.randn(3, 6, 11, generator=torch.Generator().manual_seed(s)).requires_grad_() for s in (2, 3))
+    kl(lambda **_: SimpleNamespace(logits=aim), lambda **_: SimpleNamespace(logits=now), batch).backward()
+    touched = now.grad.abs().sum(-1) > 0
+    assert torch.equal(touched[:, :-1], batch.answer_mask[:, 1:]) and not touched[:, -1].any()
+    assert aim.grad is None
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
