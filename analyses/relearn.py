@@ -171,7 +171,7 @@ CHANNEL = Channel(
     scale="preference",
     citation="Deeb & Roger 2024 (arXiv 2410.08827)",
     budgets={
-        "quick": {"rates": (1e-4, 1e-3), "steps": (4, 16)},
+        "quick": {"rates": (1e-4, 1e-3), "steps": (4, 8)},
         "standard": {"rates": (3e-5, 1e-4, 1e-3), "steps": (2, 4, 8, 16), "methods": ("full", "lora")},
         "thorough": {
             "rates": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3),

@@ -116,10 +116,11 @@ def decide(findings: Mapping[str, Finding], hurt: Damage, n_facts: int, n_subjec
     found = [f for f in findings.values() if f.found and not f.residue.residue.high < MARGIN]
     if found:
         best = max(found, key=lambda f: f.residue.simultaneous.low)
+        spoken = f"the model says {max(said.estimate, 0):.0%} of what the original says"
         share = f"{best.name} still finds {best.residue.residue.estimate:.0%} of what it finds in the original"
         if best.residue.residue.estimate >= HALF:
-            return "suppressed", best.name, f"the model does not say the facts, but {share}"
-        return "partly_erased", best.name, f"the facts are not said, and {share}"
+            return "suppressed", best.name, f"{spoken}, but {share}"
+        return "partly_erased", best.name, f"{spoken}, and {share}"
     voters = [f for f in findings.values() if f.votes]
     open_ = [f for f in (*voters, say) if not f.residue.residue.high < MARGIN]
     if len(voters) < LEAST_VOTERS:

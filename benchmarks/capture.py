@@ -3,8 +3,10 @@
 Aim: at most 1.10 times the plain forward, and memory that does not grow with the number of prompts.
 """
 
+from collections.abc import Iterator
+
 import torch
-from common import fastest, machine, smollm2_sized, table
+from common import fastest, machine, peak_mib, smollm2_sized, table
 
 from lethescope.hooks import Moments, capturing, watching
 from lethescope.models import anatomy
@@ -43,7 +45,30 @@ def main() -> None:
     base = seconds["plain forward"]
     print(f"{PROMPTS} prompts of {LENGTH} tokens, model of SmolLM2-135M's size; {machine()}\n")
     print(table(["what", "seconds", "ratio"], [[n, f"{s:.2f}", f"{s / base:.2f}"] for n, s in seconds.items()]))
-    print(f"\nheld for mean and covariance: {held:.0f} MiB for any number of prompts; states: {kept:.0f} MiB here")
+    print(f"\nheld for mean and covariance: {held:.0f} MiB for any number of prompts; states: {kept:.0f} MiB here\n")
+    print(table(["prompts", "peak memory, streaming", "peak memory, kept"], list(memory(model))))
+
+
+def memory(model: torch.nn.Module) -> Iterator[list[str]]:
+    """Yield the highest memory of the whole process over more and more prompts, streamed and kept, 16 at a time."""
+    blocks = anatomy(model).blocks
+    for count in (16, 64, 256):
+        ids = torch.randint(0, 49152, (count, LENGTH), generator=torch.Generator().manual_seed(0))
+
+        def stream(ids: torch.Tensor = ids) -> None:
+            moments = [Moments(576) for _ in blocks]
+            with torch.no_grad(), watching(dict(enumerate(blocks)), lambda i, h: moments[i].update(h.flatten(0, 1))):
+                for part in ids.split(PROMPTS):
+                    model(part)
+
+        def keep(ids: torch.Tensor = ids) -> None:
+            kept = []
+            for part in ids.split(PROMPTS):
+                with torch.no_grad(), capturing(blocks) as seen:
+                    model(part)
+                kept.append(seen)
+
+        yield [str(count), *(f"{peak_mib(run):.0f} MiB" for run in (stream, keep))]
 
 
 def transformer_lens(model: torch.nn.Module, ids: torch.Tensor) -> dict[str, float]:

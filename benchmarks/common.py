@@ -38,6 +38,14 @@ def fastest(run: Callable[[], object], repeats: int = 3) -> float:
     return min(times)
 
 
+def peak_mib(run: Callable[[], object]) -> float:
+    """Return the highest resident memory while something is run, in MiB (Linux only)."""
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # forgets the highest so far
+    run()
+    status = Path("/proc/self/status").read_text(encoding="utf-8")
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
+
+
 def machine() -> str:
     """Describe the processor, the threads and the versions."""
     names = [

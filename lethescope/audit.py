@@ -1,6 +1,6 @@
 """The audit: every channel on every model, the nulls and the planted controls, and the verdict."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,6 +66,18 @@ class Audit:
     def figures(self) -> dict[str, Any]:
         """Draw every figure that this audit's channels allow."""
         return figures.of_audit(self.summary, self.measurements)
+
+    def without_references(self) -> "Audit":
+        """Return the same measurements weighed as if no reference had been given: how much hangs on them?"""
+        told = self.summary
+        return _conclude(
+            {role: model for role, model in told["models"].items() if not role.startswith("reference")},
+            self.facts,
+            {cell: ds for cell, ds in self.measurements.items() if not cell[1].startswith("reference")},
+            [CHANNELS[channel["name"]] for channel in told["channels"]],
+            told["budget"],
+            told["seed"],
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Write verdict.json, evidence.csv, report.html and the measurements into a folder, and return it.
@@ -166,14 +178,27 @@ def audit(
     store = runs.Store(Path(out) / "measurements" if out else None, Path(cache) if cache else None)
     bench = Bench(models, asked, budget, seed, store)
     measurements = measure_all(bench, chosen, engine=engine, progress=progress)
-    found = findings(chosen, seed, measurements)
-    not_run = [f"channel {name}" for name in CHANNELS if name not in found]
-    told = summarise(models, asked, found, measurements, not_run=not_run, budget=budget, seed=seed)
-    told["facts"]["path"] = str(facts) if isinstance(facts, str | Path) else ""
-    result = Audit(told, evidence(found, asked, measurements), asked, measurements)
+    described = {role: {**m.described(), "approximate": m.approximate} for role, m in models.items()}
+    result = _conclude(described, asked, measurements, chosen, budget, seed)
+    result.summary["facts"]["path"] = str(facts) if isinstance(facts, str | Path) else ""
     if out is not None:
         result.save(out)
     return result
+
+
+def _conclude(
+    models: Mapping[str, Mapping[str, Any]],
+    facts: Facts,
+    measurements: Mapping[tuple[str, str], xr.Dataset],
+    chosen: Sequence[Channel],
+    budget: str,
+    seed: int,
+) -> Audit:
+    """Weigh what was measured."""
+    found = findings(chosen, seed, measurements)
+    not_run = [f"channel {name}" for name in CHANNELS if name not in found]
+    told = summarise(models, facts, found, measurements, not_run=not_run, budget=budget, seed=seed)
+    return Audit(told, evidence(found, facts, measurements), facts, dict(measurements))
 
 
 def _choose(channels: Sequence[str] | None, budget: str) -> list[Channel]:
@@ -228,7 +253,7 @@ def _identity(models: dict[str, Model], facts: Facts, chosen: list[Channel], bud
     """Everything that makes this audit this audit; the manifest holds it."""
     return {
         "lethescope": VERSION,
-        "models": {role: {"fingerprint": m.fingerprint, "path": m.path} for role, m in models.items()},
+        "models": {role: m.described() for role, m in models.items()},
         "facts": facts_hash(facts),
         "channels": {c.name: {"version": c.version, "options": dict(c.budgets[budget])} for c in chosen},
         "budget": budget,

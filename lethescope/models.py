@@ -67,6 +67,10 @@ class Model:
         """16 hex digits of a SHA-256 over every weight's name, shape, dtype and bytes."""
         return fingerprint(self.module)
 
+    def described(self) -> dict[str, str]:
+        """Return what a manifest says of the model: its fingerprint and where it came from."""
+        return {"fingerprint": self.fingerprint, "path": self.path}
+
     @cached_property
     def vocabulary(self) -> str:
         """16 hex digits that are equal for equal vocabularies."""

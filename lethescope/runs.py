@@ -44,7 +44,8 @@ class Store:
     def put(self, channel: str, role: str, ds: xr.Dataset) -> None:
         """Keep a Measurement, unless it is there already."""
         for path in self._paths(channel, role, ds.attrs["key"]):
-            if self._read(path, ds.attrs["key"]) is None:
+            named = path.is_file() and path.stem == ds.attrs["key"]  # as in the cache: whole, by its name
+            if not named and self._read(path, ds.attrs["key"]) is None:
                 measurement.save(ds, path)
 
     def _paths(self, channel: str, role: str, key: str) -> list[Path]:
@@ -63,11 +64,11 @@ class Store:
         return ds if ds.attrs.get("key") == key else None
 
 
-def claim(folder: Path, manifest: dict[str, Any]) -> None:
-    """Make a folder the home of one audit, or find that it already is.
+def claim(folder: Path, manifest: dict[str, Any], what: str = "audit") -> None:
+    """Make a folder the home of one audit (or zoo), or find that it already is.
 
     Raises:
-        InputError: the folder holds another audit, cannot be written, or is a file.
+        InputError: the folder holds another one, cannot be written, or is a file.
     """
     path = folder / "manifest.json"
     if folder.exists() and not folder.is_dir():
@@ -76,7 +77,7 @@ def claim(folder: Path, manifest: dict[str, Any]) -> None:
         there = _read_manifest(path)
         differ = [k for k in manifest if there.get(k) != json.loads(json.dumps(manifest[k], default=str))]
         if differ:
-            raise InputError(f"{folder} holds another audit (other {', '.join(differ)}); give a new --out folder")
+            raise InputError(f"{folder} holds another {what} (other {', '.join(differ)}); give a new --out folder")
         return
     if (folder / "verdict.json").exists() or list(folder.glob("measurements/*.nc")):
         raise InputError(f"{folder} holds results of unknown origin (no manifest.json); give a new --out folder")

@@ -14,7 +14,6 @@ from lethescope.analyses.verdict import MARGIN, Damage, Finding, adjust, damage,
 from lethescope.channel import Channel
 from lethescope.facts import Facts, facts_hash, of_split, split_counts
 from lethescope.measurement import value
-from lethescope.models import Model
 from lethescope.statistics import Interval
 from lethescope.subjects.planted import PLANTED
 
@@ -51,7 +50,7 @@ def findings(chosen: Sequence[Channel], seed: int, measured: Measured) -> dict[s
 
 
 def summarise(
-    models: Mapping[str, Model],
+    models: Mapping[str, Mapping[str, Any]],
     facts: Facts,
     found: Mapping[str, Finding],
     measured: Measured,
@@ -74,10 +73,7 @@ def summarise(
         "channels": [_channel(f, measured) for f in found.values()],
         "damage": _damage(hurt),
         "facts": {**split_counts(facts), "hash": facts_hash(facts)},
-        "models": {
-            role: {"fingerprint": m.fingerprint, "path": m.path, "approximate": m.approximate}
-            for role, m in models.items()
-        },
+        "models": {role: dict(described) for role, described in models.items()},
         "not_tried": [*not_run, *NEVER_TRIED],
         "budget": budget,
         "seed": seed,

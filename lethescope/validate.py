@@ -174,24 +174,23 @@ def _examine(member: Member, *, cache: str, budget: str) -> tuple[list[Row], lis
         "of": member.how.get("of", ""),
         "stress": member.how.get("stress", ""),
     }
+    held = audit(
+        member.original,
+        member.folder,
+        member.facts,
+        references=[member.reference],
+        channels=UNSTRESSED if member.pool == "stressed" else None,
+        budget=budget,
+        cache=cache,
+        progress=False,
+    )
     values: list[Row] = []
     verdicts: list[Row] = []
-    for references in ([member.reference], []):
-        result = audit(
-            member.original,
-            member.folder,
-            member.facts,
-            references=references,
-            channels=UNSTRESSED if member.pool == "stressed" else None,
-            budget=budget,
-            cache=cache,
-            progress=False,
-        )
-        here = {**names, "reference": bool(references)}
+    for reference, result in ((True, held), (False, held.without_references())):
+        here = {**names, "reference": reference}
         values += [{**here, "metric": name, "value": value} for name, value in residues(result.summary).items()]
         verdicts.append({**here, "retain": member.said["retain"], **_verdict(result)})
-    said = result.measurement("say")
-    outputs = {**output_metrics(said), **_more_outputs(member, result.facts, Path(cache))}
+    outputs = {**output_metrics(held.measurement("say")), **_more_outputs(member, held.facts, Path(cache))}
     values += [{**names, "reference": True, "metric": name, "value": value} for name, value in outputs.items()]
     return values, verdicts
 

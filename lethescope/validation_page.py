@@ -21,10 +21,10 @@ DASH = "–"
 """Stands where nothing could be measured."""
 
 MEANT = {
-    "P": "taught the forget facts: the model holds and says them",
+    "P": "models that were taught the forget facts, and say them",
     "suppressor": "hold the facts by construction and do not say them",
     "deleter": "do not hold the facts by construction and do not say them",
-    "N": "never taught the forget facts",
+    "N": "models that never saw the forget facts",
     "method": "made by a published unlearning method: what they hold is not known",
 }
 """What is known of the models of each pool."""
@@ -155,10 +155,10 @@ def cost_table(summary: Mapping[str, Any]) -> Table:
 
 
 def escaped(text: Any) -> str:
-    """Return a text that Markdown shows as it is, on one line, in a table as well.
+    r"""Return a text that Markdown shows as it is, on one line, in a table as well.
 
     >>> print(escaped("a_b|c"))
-    a\\_b\\|c
+    a\_b\|c
     """
     return re.sub(r"([\\`*_{}\[\]<>|$#~&])", r"\\\1", " ".join(str(text).split()))
 
@@ -185,7 +185,7 @@ def _link(path: str) -> str:
 
 def _fence(text: str) -> str:
     """Return a fence of backticks that the text does not hold."""
-    longest = max(map(len, re.findall("`+", text)), default=0)
+    longest = max(map(len, re.findall(r"`+", text)), default=0)
     return "`" * max(3, longest + 1)
 
 

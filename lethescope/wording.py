@@ -24,7 +24,7 @@ VERDICTS = {
     ),
     "suppressed": Telling(
         "Suppressed",
-        "The unlearned model stopped saying it, but did not forget it.",
+        "The unlearned model says it no more, or less, but did not forget it.",
         "It shows that the knowledge can still be read or brought back, not that a given user would manage to.",
         "#a63f00",
     ),

@@ -206,3 +206,10 @@ def test_facts_that_the_original_does_not_say_decide_nothing(
     models = {"original": make_model(seed=seed), "unlearned": make_model(seed=seed + 2)}
     result = audit(**{**few_options, **models, "facts": some_facts})
     assert result.verdict == "inconclusive" and "the original does not say" in result.summary["reason"]
+
+
+def test_without_its_reference_an_audit_is_what_it_would_have_been(few_options: dict[str, Any], tmp_path: Path) -> None:
+    cache = tmp_path / "cells"
+    held = audit(**few_options, references=[shipped("reference")], cache=cache)
+    plain = audit(**few_options, cache=cache)
+    same_numbers(held.without_references(), plain)

@@ -2,6 +2,7 @@ import copy
 import inspect
 import math
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -200,3 +201,12 @@ def test_an_edit_has_the_model_in_its_own_hands(toy, monkeypatch):
         run(toy, method="shift", lora=True)
     with pytest.raises(InputError, match="no option 'strengh'; the nearest is 'strength'"):
         run(toy, method="shift", strengh=1)
+
+
+def test_the_methods_page_names_every_method_and_its_options():
+    page = (Path(__file__).parents[3] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = {line.split("`")[1]: line for line in page.splitlines() if line.startswith("| `")}
+    assert set(rows) == set(METHODS)
+    for name, line in rows.items():
+        for option, default in methods.options_of(methods.method_named(name, {})).items():
+            assert f"`{option}={default}`" in line
