@@ -34,11 +34,10 @@ NEVER = "N-0"
 KEPT = 0.8
 """A method's model counts for robustness when it kept this share of the retain facts."""
 
-Table = pd.DataFrame
 Record = dict[str, Any]
 
 
-def summarise(values: Table, verdicts: Table, *, seed: int = 0) -> dict[str, Any]:
+def summarise(values: pd.DataFrame, verdicts: pd.DataFrame, *, seed: int = 0) -> dict[str, Any]:
     """Return what `validation.json` holds.
 
     Args:
@@ -64,12 +63,12 @@ def summarise(values: Table, verdicts: Table, *, seed: int = 0) -> dict[str, Any
     return told
 
 
-def _once(verdicts: Table) -> Table:
+def _once(verdicts: pd.DataFrame) -> pd.DataFrame:
     """Return one row a model, whichever kinds of audit it had."""
     return verdicts.drop_duplicates(["world", "member"])
 
 
-def separation(values: Table, seed: int) -> Iterator[Record]:
+def separation(values: pd.DataFrame, seed: int) -> Iterator[Record]:
     """Yield AUC, interval and paired difference to UDS, for each metric, question and kind of audit."""
     for (reference, question), metrics in _groups(values):
         peer = metrics.get(PEER)
@@ -84,7 +83,7 @@ def separation(values: Table, seed: int) -> Iterator[Record]:
             yield record
 
 
-def _groups(values: Table) -> Iterator[tuple[tuple[bool, str], dict[str, tuple[pd.Series, pd.Series]]]]:
+def _groups(values: pd.DataFrame) -> Iterator[tuple[tuple[bool, str], dict[str, tuple[pd.Series, pd.Series]]]]:
     """Lay the values out for comparison.
 
     Yields:
@@ -102,7 +101,7 @@ def _groups(values: Table) -> Iterator[tuple[tuple[bool, str], dict[str, tuple[p
             )
 
 
-def _by_model(rows: Table) -> pd.Series:
+def _by_model(rows: pd.DataFrame) -> pd.Series:
     return rows.set_index(["world", "member"])["value"]
 
 
@@ -115,7 +114,7 @@ def _over(peer: tuple[pd.Series, pd.Series], mine: tuple[pd.Series, pd.Series], 
     return auc_difference(pairs[0], pairs[1], seed).as_dict()  # type: ignore[arg-type]
 
 
-def calibration(values: Table) -> Iterator[Record]:
+def calibration(values: pd.DataFrame) -> Iterator[Record]:
     """Yield the mean distance of residues from the truth (1 = holds, 0 = does not) by pool, and the pools' mean."""
     known = values[values["truth"] != "unknown"].dropna(subset="value")
     known = known[~known["metric"].str.startswith("MIA") & ~known["metric"].isin(OUTPUTS)]
@@ -130,12 +129,12 @@ def calibration(values: Table) -> Iterator[Record]:
         }
 
 
-def _counts(verdicts: Table) -> Iterator[Record]:
+def _counts(verdicts: pd.DataFrame) -> Iterator[Record]:
     for (reference, pool, word), rows in verdicts.groupby(["reference", "pool", "verdict"]):
         yield {"reference": bool(reference), "pool": pool, "verdict": word, "count": len(rows)}
 
 
-def right(verdicts: Table) -> Iterator[Record]:
+def right(verdicts: pd.DataFrame) -> Iterator[Record]:
     """Yield the share of right verdicts by pool and over all pools whose truth is known."""
     for reference, rows in verdicts.groupby("reference"):
         known = rows[rows["pool"].isin(RIGHT)]
@@ -150,7 +149,7 @@ def right(verdicts: Table) -> Iterator[Record]:
             }
 
 
-def errors(verdicts: Table) -> Iterator[Record]:
+def errors(verdicts: pd.DataFrame) -> Iterator[Record]:
     """Yield the two errors that matter most: a suppressed model called clean, and a clean one called suppressed."""
     wrong = (
         ("false all-clear", ("suppressor",), ("no_residue_found",)),
@@ -164,7 +163,7 @@ def errors(verdicts: Table) -> Iterator[Record]:
             yield record | share(count, len(mine)).as_dict()
 
 
-def robustness(values: Table, verdicts: Table) -> Iterator[Record]:
+def robustness(values: pd.DataFrame, verdicts: pd.DataFrame) -> Iterator[Record]:
     """Yield how little each metric is moved by 4-bit rounding (Q) and by a little retraining (R), in two families.
 
     Symmetric (arXiv 2605.24614): `Q = 1 - |a - b| / (|a| + |b|)` of the metric before and after rounding;
@@ -203,7 +202,7 @@ def _ratio(before: float, after: float) -> float:
     return min(max(before, 0.0) / after, 1.0) if after > 1e-9 else 1.0
 
 
-def cost(verdicts: Table) -> Iterator[Record]:
+def cost(verdicts: pd.DataFrame) -> Iterator[Record]:
     """Yield seconds, forward and backward passes of each channel on one model, means over models."""
     mine = verdicts[verdicts["reference"] & (verdicts["pool"] != "stressed")]
     for column in (c for c in mine.columns if c.endswith(" seconds")):

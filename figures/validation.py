@@ -165,7 +165,8 @@ def _metric_legend(rows: Sequence[Record], residues: set[str]) -> list[Line2D]:
     channel = next((name for name in drawn if name in residues - {PEER, _VERDICT}), None)
     other = next((name for name in drawn if name not in residues | {PEER, _VERDICT}), None)
     labels = {channel: "channel", PEER: PEER, _VERDICT: "the verdict's residue", other: "output metric or MIA"}
-    return [Line2D([], [], label=label, **_look(name, residues)) for name, label in labels.items() if name in drawn]
+    named = [(str(name), label) for name, label in labels.items() if name in drawn]
+    return [Line2D([], [], label=label, **_look(name, residues)) for name, label in named]
 
 
 @style.styled
@@ -346,7 +347,8 @@ def _finish(figure: Figure, panels: Matrix, image: AxesImage, metrics: Sequence[
     """Name the channels, set the panels close, and add one colour bar."""
     names = [style.shorten(name, 14 if narrow else _LONGEST) for name in metrics]
     panels[0].set_yticks(range(len(metrics)), names)
-    figure.get_layout_engine().set(w_pad=0.02, wspace=0.01)  # type: ignore[union-attr]
+    layout: Any = figure.get_layout_engine()
+    layout.set(w_pad=0.02, wspace=0.01)
     bar: Colorbar = figure.colorbar(image, ax=list(panels), fraction=0.03, pad=0.02, ticks=[0, 0.5, 1], aspect=15)
     bar.set_label("residue")
     bar.outline.set_visible(False)  # type: ignore[operator]

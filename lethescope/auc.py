@@ -11,6 +11,7 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from scipy import optimize, stats
 
+from lethescope.errors import InputError
 from lethescope.statistics import Interval, interval
 
 DRAWS = 4000
@@ -20,13 +21,13 @@ def auc(holding: Sequence[float], empty: Sequence[float]) -> float:
     """Probability that a model that holds the facts has the higher value; ties count half. 0.5 = chance, 1 = always.
 
     Raises:
-        ValueError: a group is empty.
+        InputError: a group is empty or holds NaN.
 
     >>> auc([3.0, 2.0], [1.0, 2.0])
     0.875
     """
-    if not len(holding) or not len(empty):
-        raise ValueError("an AUC needs at least one model in each group")
+    if not len(holding) or not len(empty) or np.isnan([*holding, *empty]).any():
+        raise InputError(f"an AUC of {len(holding)} values against {len(empty)}: both need some, none of them NaN")
     ranks = stats.rankdata([*holding, *empty])
     n, m = len(holding), len(empty)
     return float((ranks[:n].sum() - n * (n + 1) / 2) / (n * m))

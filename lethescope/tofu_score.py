@@ -199,7 +199,8 @@ def _section(path: Path, columns: Sequence[tuple[str, Any]]) -> Section:
     if len(widths) > 1 or {len(row) for row in (*true, *paraphrased, *rouge)} != {1}:
         raise InputError(f"{path}: {columns[2][0]} must hold equally many numbers for every item, the others one")
     wide = [row if not np.isnan(row).any() else np.full(max(widths), np.nan) for row in wrong]
-    return Section(*(np.array(c)[:, 0] for c in (true, paraphrased)), np.array(wide), np.array(rouge)[:, 0])
+    one, other, recall = (np.array(column)[:, 0] for column in (true, paraphrased, rouge))
+    return Section(one, other, np.array(wide), recall)
 
 
 def _numbers(path: Path, where: str, value: Any) -> Float[np.ndarray, " number"]:

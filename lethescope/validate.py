@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 
 from lethescope import audit, load, runs, validation_page
 from lethescope.analyses import validation
+from lethescope.auc import auc
 from lethescope.audit import CHANNELS, Audit
 from lethescope.engine import spread
 from lethescope.errors import InputError
@@ -210,7 +211,7 @@ def output_metrics(said: xr.Dataset) -> dict[str, float]:
     """
     forget = said.where(said["split"] == "forget", drop=True)
     prompt = forget.isel(prompt=0)
-    likely = np.exp(forget["log_probability"].isel(candidate=0))
+    likely = xr.ufuncs.exp(forget["log_probability"].isel(candidate=0))
     return {
         "probability": float(likely.isel(prompt=0).mean()),
         "paraphrased probability": float(likely.isel(prompt=slice(1, None)).mean()),
@@ -241,7 +242,7 @@ def _membership(model: Model, reference: Model, asked: Facts) -> dict[str, float
     ds = membership.measure(model, asked, reference=reference)
     is_forget = ds["split"].values == "forget"
     scores = {str(name): np.asarray(ds[name].values, dtype=float) for name in ds.data_vars}
-    return {f"MIA {name}": membership.auc(score[is_forget], score[~is_forget]) for name, score in scores.items()}
+    return {f"MIA {name}": auc(score[is_forget], score[~is_forget]) for name, score in scores.items()}
 
 
 def _verdict(result: Audit) -> Row:

@@ -3,7 +3,7 @@
 Every score is oriented so that *higher = more member-like = less forgotten*; published attacks often give the negative.
 All are taken from one teacher-forced pass over answer tokens, so they see outputs only: a low score does not say that
 the knowledge is gone, and a high one can also mean that the answer is easy to guess. Only the comparison of members
-with non-members of the same kind (`auc`) means something.
+with non-members of the same kind (`lethescope.auc.auc`) means something.
 """
 
 import zlib
@@ -13,12 +13,11 @@ import numpy as np
 import torch
 import xarray as xr
 from jaxtyping import Float
-from scipy.stats import rankdata
 
 from lethescope.errors import InputError
 from lethescope.facts import Fact
 from lethescope.models import Model
-from lethescope.scoring import candidates, tails, target_log_probs
+from lethescope.scoring import candidates, tails
 from lethescope.tokens import Encoded
 
 LEAST_DEVIATION = 1e-3
@@ -135,33 +134,6 @@ def calibrated(
     return loss(log_probs) - loss(reference)
 
 
-def auc(members: Float[np.ndarray, " member"], others: Float[np.ndarray, " other"]) -> float:
-    """Return the chance that a random member scores above a random non-member; ties count half.
-
-    0.5 = the score tells nothing, 1 = members always score higher. Both groups must be of the same kind, or it measures
-    how the groups differ and not what was trained on.
-
-    Args:
-        members: scores of what the model was trained on.
-        others: scores of what it was not.
-
-    Returns:
-        The area under the ROC curve.
-
-    Raises:
-        InputError: a group is empty or holds NaN.
-
-    Example:
-        >>> auc([3.0, 1.0], [1.0, 0.0])
-        0.875
-    """
-    members, others = np.asarray(members, dtype=float), np.asarray(others, dtype=float)
-    if not len(members) or not len(others) or np.isnan(members).any() or np.isnan(others).any():
-        raise InputError(f"{len(members)} members and {len(others)} others; both need scores, none of them NaN")
-    ranks = rankdata(np.concatenate([members, others]))[: len(members)]
-    return float((ranks.sum() - len(members) * (len(members) + 1) / 2) / (len(members) * len(others)))
-
-
 @torch.no_grad()
 def token_statistics(model: Model, encoded: Sequence[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return every answer token's log p, and the mean and the deviation of log p over the vocabulary there.
@@ -180,9 +152,11 @@ def token_statistics(model: Model, encoded: Sequence[Encoded]) -> tuple[np.ndarr
         seen = torch.where(p > 0, log_p, 0)  # a token of no probability weighs nothing, and -inf times 0 is NaN
         mean = (p * seen).sum(-1)
         variance = (p * (seen - mean[..., None]).square()).sum(-1)
-        found = torch.stack([target_log_probs(logits, batch.targets), mean, variance.sqrt()]).double()
-        out[:, batch.rows, : found.shape[-1]] = found.masked_fill(~batch.mask, float("nan")).cpu().numpy()
-    return tuple(out)
+        longest = batch.targets.shape[1]
+        spread = [each[batch.owner, :longest] for each in (mean, variance.sqrt())]
+        found = torch.stack([batch.log_probs(logits), *spread]).double()
+        out[:, batch.rows, :longest] = found.masked_fill(~batch.mask, float("nan")).cpu().numpy()
+    return out[0], out[1], out[2]
 
 
 CITATION = (

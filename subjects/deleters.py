@@ -125,8 +125,8 @@ def distil(
         with torch.no_grad():
             wanted = teacher(input_ids=ids, attention_mask=mask).logits[real].float()
         said = student(input_ids=ids, attention_mask=mask).logits[real].float()
-        both = [(logits / temperature).log_softmax(-1) for logits in (said, wanted)]
-        return kl_div(*both, log_target=True, reduction="batchmean")
+        mine, theirs = ((logits / temperature).log_softmax(-1) for logits in (said, wanted))
+        return kl_div(mine, theirs, log_target=True, reduction="batchmean")
 
     _learn(student, tokenizer, _dealt(prompts, batch_size, seed), loss, steps, lr, watch)
     return student

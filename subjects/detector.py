@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -43,7 +44,7 @@ def neurons_of(model: Model) -> Neurons:
     Raises:
         InputError: it is of an unknown kind.
     """
-    mlp = getattr(model.blocks[-1], "mlp", None)
+    mlp: Any = getattr(model.blocks[-1], "mlp", None)
     none = torch.ones(0)
     if hasattr(mlp, "gate_proj"):
         into = (mlp.gate_proj.weight.detach(), mlp.up_proj.weight.detach())
@@ -60,7 +61,7 @@ def neurons_of(model: Model) -> Neurons:
 def mlp_inputs(model: Model, items: Sequence[Caught]) -> Float[Tensor, "row d_model"]:
     """Return what the last block's MLP is given before every answer token of what was caught."""
     seen: list[Tensor] = []
-    handle = model.blocks[-1].mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    handle = model.blocks[-1].get_submodule("mlp").register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     try:
         for item in items:
             model.blocks[-1](*item.args, **item.kwargs)

@@ -202,7 +202,8 @@ def direction(
     w = _refusal(model, targets[forget].unique(), refusal).double()
     g = _detector(read * read.pow(2).mean(-1, keepdim=True).rsqrt(), forget)
     w = w - (g @ w) / (g @ g) * g
-    before, head = _ask_groups(model, groups), model.anatomy.head
+    before = _ask_groups(model, groups)
+    head: Any = model.anatomy.head
     _untie(model.module, head, head.weight.detach().clone())
     readers = [(norm, weight, weight.clone().double()) for norm, weight in _readers(model)]
 
@@ -321,8 +322,8 @@ def _refusal(model: Model, answers: Int[Tensor, " token"], refusal: str | None) 
     Raises:
         InputError: the tokenizer has no end token, or the refusal has no token.
     """
-    told = [model.tokenizer.eos_token_id] if refusal is None else model.tokenizer(refusal, add_special_tokens=False)
-    ids = told if refusal is None else told["input_ids"]
+    words = refusal and model.tokenizer(refusal, add_special_tokens=False)["input_ids"]
+    ids = [model.tokenizer.eos_token_id] if refusal is None else words
     if not ids or ids[0] is None:
         raise InputError(f"refusal {refusal!r} has no token to turn to; give refusal=… a word that the tokenizer knows")
     weight: Any = model.anatomy.head.weight
@@ -369,4 +370,5 @@ def _readers(model: Model) -> list[tuple[nn.Module, Tensor]]:
     finally:
         for handle in handles:
             handle.remove()
-    return [*found, (model.anatomy.norm, model.anatomy.head.weight.detach())]
+    head: Any = model.anatomy.head
+    return [*found, (model.anatomy.norm, head.weight.detach())]

@@ -200,7 +200,7 @@ def _with_adapter(world: World, folder: Path) -> Any:
 
 def _distilled(world: World, folder: Path) -> Any:
     teacher = world.start(folder / "suppressor-last_block").requires_grad_(False)
-    return distil(teacher, world.tokenizer, world.split("retain"), seed=world.seed + 500)
+    return distil(teacher, world.tokenizer, world.texts(world.split("retain")), world.seed + 500)
 
 
 def _method(method: str, strengths: int) -> Iterator[tuple[str, Recipe]]:
@@ -232,6 +232,7 @@ STRENGTHS: dict[str, tuple[dict[str, Any], ...]] = {
     "rmu": tuple({**options, "coefficient": 5.0} for options in _FACTORS),
     "fit": tuple({**options, "high": 0.0, "alpha": 5.0} for options in _LR),
     "blur": ({"lr": 1e-3, "gamma": 0.3}, {"lr": 1e-3, "gamma": 0.1}, {"lr": 1e-3, "gamma": 1.0}),
+    "ofmu": tuple({**options, "steps": 30} for options in _LR),
     "taskvector": ({"lr": 1e-3, "scale": 1.0}, {"lr": 1e-3, "scale": 0.5}, {"lr": 1e-3, "scale": 2.0}),
     "ssd": ({"alpha": 2.0}, {"alpha": 3.0}, {"alpha": 1.0}),
     "fisher": ({"alpha": 1e-6}, {"alpha": 3e-7}, {"alpha": 3e-6}),

@@ -131,15 +131,10 @@ class World:
         """Return a model with random weights."""
         if self.shape == "llama":
             return tiny_llama(len(self.tokenizer), seed)
-        config = GPT2Config(
-            vocab_size=len(self.tokenizer),
-            n_embd=112,
-            n_layer=6,
-            n_head=4,
-            n_positions=64,
-            **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-            **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
-        )
+        shape: dict[str, Any] = {"n_embd": 112, "n_layer": 6, "n_head": 4, "n_positions": 64}
+        shape |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+        shape |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        config = GPT2Config(vocab_size=len(self.tokenizer), **shape)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             return GPT2LMHeadModel(config).eval()

@@ -6,6 +6,7 @@ from scipy import stats
 from sklearn.metrics import roc_auc_score
 
 from lethescope.auc import auc, auc_difference, auc_interval, share
+from lethescope.errors import InputError
 
 
 def test_auc_is_the_share_of_ordered_pairs():
@@ -15,8 +16,9 @@ def test_auc_is_the_share_of_ordered_pairs():
     assert auc(a, b) == pytest.approx(np.mean(pairs))
     assert auc(a, b) == pytest.approx(roc_auc_score([1] * 9 + [0] * 7, [*a, *b]))
     assert auc(b, a) == pytest.approx(1 - auc(a, b))
-    with pytest.raises(ValueError, match="at least one model"):
-        auc([], [1.0])
+    for bad in ([], [float("nan")]):
+        with pytest.raises(InputError, match="both need some"):
+            auc(bad, [1.0])
 
 
 def test_the_interval_covers_what_it_should():

@@ -8,9 +8,9 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from sklearn.metrics import roc_auc_score
 
 from lethescope import probes
+from lethescope.auc import auc
 from lethescope.errors import InputError
 from lethescope.facts import of_split, read_facts
 from lethescope.models import Model, load
@@ -64,21 +64,6 @@ def test_zlib_divides_by_the_compressed_bytes_and_reference_subtracts():
     lengths = [len(zlib.compress(t.encode("utf-8"))) for t in texts]
     np.testing.assert_allclose(membership.zlib_ratio(table, texts), [-2 / lengths[0], -4 / lengths[1]])
     np.testing.assert_allclose(membership.calibrated(table, other), [0.25, -3.0])
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=8), st.lists(st.integers(0, 4), min_size=1, max_size=8))
-def test_auc_counts_pairs_and_ties_half(members, others):
-    slow = sum(1.0 if m > o else 0.5 if m == o else 0.0 for m in members for o in others) / len(members) / len(others)
-    assert membership.auc(members, others) == pytest.approx(slow)
-    labels = [1] * len(members) + [0] * len(others)
-    assert membership.auc(members, others) == pytest.approx(roc_auc_score(labels, members + others))
-    assert membership.auc(members, others) + membership.auc(others, members) == pytest.approx(1)
-
-
-@pytest.mark.parametrize(("members", "others"), [([], [1.0]), ([1.0], []), ([math.nan], [1.0])])
-def test_auc_needs_scores_on_both_sides(members, others):
-    with pytest.raises(InputError, match="both need scores"):
-        membership.auc(members, others)
 
 
 @torch.no_grad()
@@ -141,9 +126,9 @@ def test_higher_is_more_member_like_on_the_shipped_models():
     forget, control = (ds["split"] == split for split in ("forget", "control"))
     assert forget.sum() == len(of_split(facts, "forget"))
     for name in ds.data_vars:
-        assert membership.auc(ds[name][forget], ds[name][control]) > 0.9, name  # 1, 1, 1, .98, .934
+        assert auc(ds[name][forget], ds[name][control]) > 0.9, name  # 1, 1, 1, .98, .934
         if name in null:
-            assert 0.35 < membership.auc(null[name][forget], null[name][control]) < 0.65, name
+            assert 0.35 < auc(null[name][forget], null[name][control]) < 0.65, name
 
 
 def test_it_is_no_channel():
