@@ -13,6 +13,7 @@ from lethescope.channel import Channel
 from lethescope.facts import Fact
 from lethescope.models import Model, merged_copy
 from lethescope.scoring import candidates, score_tokens
+from lethescope.subjects.methods.training import with_adapters
 from lethescope.tokens import Batch, Encoded, collate, encode, pad_id
 
 
@@ -151,12 +152,7 @@ def _trainable(module: nn.Module, method: str, rank: int, seed: int) -> nn.Modul
     own = merged_copy(module)
     if method == "full":
         return own.requires_grad_(True).eval()
-    from peft import LoraConfig, get_peft_model
-
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
-        return get_peft_model(own, config).eval()
+    return with_adapters(own, seed, r=rank, lora_alpha=2 * rank).eval()
 
 
 def _answers(model: Model, encoded: Sequence[Encoded]) -> np.ndarray:

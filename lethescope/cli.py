@@ -126,9 +126,10 @@ def _add_unlearn(parser: argparse.ArgumentParser) -> None:
 def _unlearn(options: argparse.Namespace) -> int:
     from lethescope import load, read_facts
     from lethescope.facts import of_split
-    from lethescope.subjects.methods import unlearn
+    from lethescope.subjects.methods import method_named, unlearn
 
-    out = Path(options.out)
+    out, chosen = Path(options.out), dict(map(_method_option, options.option))
+    method_named(options.method, chosen)  # a mistyped name need not wait for the model
     if out.is_file() or (out.exists() and any(out.iterdir())):
         raise InputError(f"{out} is not an empty folder; give a new --out folder")
     model = load(options.model, device=options.device, dtype=options.dtype)
@@ -145,7 +146,7 @@ def _unlearn(options: argparse.Namespace) -> int:
         lora=options.lora,
         seed=options.seed,
         **({"refusals": options.refusal} if options.refusal else {}),
-        **dict(map(_method_option, options.option)),
+        **chosen,
     )
     module.save_pretrained(out)
     model.tokenizer.save_pretrained(out)

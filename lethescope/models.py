@@ -4,9 +4,10 @@ import copy
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -278,7 +279,8 @@ def _load_gguf(path: Path, role: str, options: dict[str, Any]) -> tuple[Any, str
     if not path.is_file():
         raise InputError(f"{role} model: there is no file {path}")
     try:
-        module = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
+        with _bars_on_terminals_only():
+            module = AutoModelForCausalLM.from_pretrained(str(path.parent), gguf_file=path.name, **options)
     except Exception as error:
         raise InputError(f"{role} model: cannot read {path}: {_first_line(error)}") from error
     for name in ("quantization_config", "_pre_quantization_dtype"):  # the weights are plain tensors now
@@ -286,6 +288,19 @@ def _load_gguf(path: Path, role: str, options: dict[str, Any]) -> tuple[Any, str
             delattr(module.config, name)
     vars(module).update(hf_quantizer=None, is_quantized=False)
     return module, str(path)
+
+
+@contextmanager
+def _bars_on_terminals_only() -> Generator[None]:
+    """Keep transformers' bar over GGUF tensors out of logs."""
+    from transformers import modeling_gguf_pytorch_utils as reader
+
+    shown = reader.tqdm
+    reader.tqdm = partial(shown, disable=None)
+    try:
+        yield
+    finally:
+        reader.tqdm = shown
 
 
 def _tokenizer(found: str, ref: str, role: str) -> Any:

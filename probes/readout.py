@@ -11,6 +11,7 @@ from sklearn.discriminant_analysis import LinearDiscriminantAnalysis
 from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from threadpoolctl import threadpool_limits
 
 from lethescope import measurement
 from lethescope.channel import Channel, every_budget
@@ -64,12 +65,13 @@ def measure(
         rows = [i for i, f in enumerate(read) if f.relation == relation]
         labels = np.array([retain[i].answer for i in train])
         for layer in range(layers) if train else ():
-            probe = _probe().fit(x_train[train, layer], labels)
-            posterior = np.log(probe.predict_proba(x_read[rows, layer]).clip(1e-12))
+            with threadpool_limits(1):  # matrices this small are slower on many threads
+                probe = _probe().fit(x_train[train, layer], labels)
+                posterior = np.log(probe.predict_proba(x_read[rows, layer]).clip(1e-12))
+                accuracy[:, r, layer] = _accuracies(x_train[train, layer], labels, seed)
             column = {answer: k for k, answer in enumerate(probe.classes_)}
             for row, log_p in zip(rows, posterior, strict=True):
                 score[row, :, layer] = _by_candidate(read[row], column, log_p, width)
-            accuracy[:, r, layer] = _accuracies(x_train[train, layer], labels, seed)
     dims = ("probed_relation", "place")
     return measurement.from_scores(
         score,

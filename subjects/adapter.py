@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
@@ -18,17 +17,18 @@ from lethescope.facts import Facts, of_split
 from lethescope.hooks import capturing, resuming
 from lethescope.models import Model, merged_copy
 from lethescope.subjects.methods.training import trainable, with_adapters
-from lethescope.subjects.planted import (
+from lethescope.subjects.silence import (
     MOST_EXACT,
     MOST_SAID,
     Said,
-    _chunks,
-    _forms,
-    _mean,
-    _said_rows,
-    _silent,
-    _tell,
-    _unlikelihood,
+    chunks,
+    forget_groups,
+    form_groups,
+    is_silent,
+    mean_said,
+    said_rows,
+    tell,
+    unlikelihood,
 )
 from lethescope.tokens import Batch
 
@@ -59,7 +59,7 @@ def lora(
         tokenizer: its tokenizer.
         facts: forget facts to silence, retain facts to hold on to.
         blocks: how many of the last blocks get adapters; None for the upper third.
-        most_said: said-probability that may be left, as a share of the model's own (or `planted.SILENT`, if more).
+        most_said: said-probability that may be left, as a share of the model's own (or `silence.SILENT`, if more).
         most_exact: share of answers that may still be given greedily.
         steps: most steps of Adam; a started pass is finished.
         lr: learning rate of Adam.
@@ -76,24 +76,24 @@ def lora(
     first = len(base.blocks) - (blocks or max(1, len(base.blocks) // 3))
     if not 0 < first < len(base.blocks):
         raise InputError(f"{blocks} adapted blocks of {len(base.blocks)}; at least one block must stay as it is")
-    groups = [_taught(base, group, first) for group in _form_groups(tokenizer, of_split(facts, "forget"))]
-    kept = [item for g in _form_groups(tokenizer, of_split(facts, "retain"), None) for item in _taught(base, g, first)]
+    groups = [_taught(base, group, first) for group in forget_groups(tokenizer, facts)]
+    kept = [item for group in form_groups(tokenizer, of_split(facts, "retain")) for item in _taught(base, group, first)]
     adapted = with_adapters(base.module, seed, **{"target_modules": _layers_of(base, first), **options}).eval()
     optimizer, rng = torch.optim.Adam(trainable(adapted), lr=lr), np.random.default_rng(seed)
     forget, before = [item for group in groups for item in group], _ask_taught(base, groups)
     now, stream = before, cycle([kept[i] for i in rng.permutation(len(kept))])
     for done in range(-(-steps // len(forget))):
         for i in rng.permutation(len(forget)):
-            loss = max(1.0, done / 20) * _unlikelihood(forget[i].logits(base), forget[i].targets)
+            loss = max(1.0, done / 20) * unlikelihood(forget[i].logits(base), forget[i].targets)
             loss = loss + (next(stream).drift(base) if kept else 0)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
         now = _ask_taught(base, groups)
-        if _silent(before, now, most_said, most_exact):
+        if is_silent(before, now, most_said, most_exact):
             adapted.zero_grad()
             return adapted
-    raise InputError(f"the adapter could not be silenced in {steps} steps: {_tell(before, now)}")
+    raise InputError(f"the adapter could not be silenced in {steps} steps: {tell(before, now)}")
 
 
 @dataclass(frozen=True)
@@ -123,18 +123,6 @@ class _Taught:
         return kl_div(now, self.log_probs, log_target=True, reduction="batchmean")
 
 
-def _form_groups(tokenizer: Any, facts: Facts, need: str | None = "forget") -> Iterator[list[Any]]:
-    """Yield the encoded prompts, then the encoded paraphrases, where there are any.
-
-    Raises:
-        InputError: there are no facts, and there must be.
-    """
-    if need and not facts:
-        raise InputError(f"there are no {need} facts to suppress; mark at least one fact as {need}")
-    forms = list(_forms(tokenizer, facts))
-    yield from (group for group in ([e for k, e in forms if k == 0], [e for k, e in forms if k > 0]) if group)
-
-
 def _layers_of(model: Model, first: int) -> list[str]:
     """Return the names of all linear layers in the blocks from `first` on."""
     inside = {part for block in model.blocks[first:] for part in block.modules()}
@@ -148,7 +136,7 @@ def _layers_of(model: Model, first: int) -> list[str]:
 @torch.no_grad()
 def _taught(model: Model, encoded: list[Any], first: int) -> list[_Taught]:
     out = []
-    for batch in _chunks(encoded, model.tokenizer, model.module):
+    for batch in chunks(encoded, model.tokenizer, model.module):
         with capturing(model.blocks[:first]) as seen:
             logits = model.module(**batch.inputs(), use_cache=False).logits[:, :-1]
         out.append(_Taught(batch, first - 1, seen[first - 1], logits[batch.answer_mask[:, 1:]].float().log_softmax(-1)))
@@ -157,4 +145,4 @@ def _taught(model: Model, encoded: list[Any], first: int) -> list[_Taught]:
 
 @torch.no_grad()
 def _ask_taught(model: Model, groups: list[list[_Taught]]) -> list[Said]:
-    return [_mean([_said_rows(item.logits(model), item.targets, item.answer) for item in group]) for group in groups]
+    return [mean_said([said_rows(item.logits(model), item.targets, item.answer) for item in group]) for group in groups]

@@ -28,7 +28,7 @@ from lethescope.errors import InputError
 from lethescope.facts import Facts, of_split, write_facts
 from lethescope.subjects.methods import unlearn
 from lethescope.subjects.people import SPLITS, audit_facts, people, sentences
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 from lethescope.subjects.tiny import tiny_llama, train
 from lethescope.subjects.tokenizer import fact_tokenizer
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lethescope.errors import InputError
 from lethescope.models import Model
-from lethescope.subjects.planted import Caught
+from lethescope.subjects.silence import Caught
 
 
 @dataclass(frozen=True)

@@ -23,22 +23,21 @@ from lethescope.facts import Facts, of_split
 from lethescope.models import Model
 from lethescope.subjects.adapter import lora
 from lethescope.subjects.detector import mlp_inputs, neurons_of, trained_detector
-from lethescope.subjects.planted import (
+from lethescope.subjects.planted import suppress_last_block, suppress_unembedding
+from lethescope.subjects.silence import (
     MOST_EXACT,
     MOST_SAID,
     Caught,
     Said,
-    _ask_groups,
-    _catch,
-    _caught_groups,
-    _forms,
-    _last_states,
-    _silent,
-    _tell,
-    _unlikelihood,
-    _untie,
-    suppress_last_block,
-    suppress_unembedding,
+    ask_groups,
+    catch,
+    caught_groups,
+    forms,
+    is_silent,
+    last_states,
+    tell,
+    unlikelihood,
+    untie,
 )
 
 RIDGE = 1e-3
@@ -68,7 +67,7 @@ def output_bias(
         module: a Hugging Face causal language model; not changed.
         tokenizer: its tokenizer.
         facts: forget facts to silence, retain facts to hold on to.
-        most_said: said-probability that may be left, as a share of the model's own (or `planted.SILENT`, if more).
+        most_said: said-probability that may be left, as a share of the model's own (or `silence.SILENT`, if more).
         most_exact: share of answers that may still be given greedily.
         largest: the largest c that is tried.
         steps: steps of Adam for the gates.
@@ -82,15 +81,15 @@ def output_bias(
     model, groups, kept = _prepared(module, tokenizer, facts)
     states, targets, forget = _states_and_targets(model, groups, kept)
     head: Any = model.anatomy.head
-    before, original = _ask_groups(model, groups), head.weight.detach().clone()
-    _untie(model.module, head, original)
+    before, original = ask_groups(model, groups), head.weight.detach().clone()
+    untie(model.module, head, original)
     tokens, gates = _trained_gates(model, states, targets, forget, steps)
 
     def apply(c: float) -> None:
         head.weight[tokens] = (original[tokens].float() - c * gates).to(original.dtype)
 
     _find_strength(
-        "the output bias", apply, lambda: _ask_groups(model, groups), before, (most_said, most_exact), largest
+        "the output bias", apply, lambda: ask_groups(model, groups), before, (most_said, most_exact), largest
     )
     return model.module
 
@@ -126,7 +125,7 @@ def refusal_direction(
         facts: forget facts to refuse, retain facts to answer.
         refusal: a word (or text, of which the first token counts) that is said instead.
         neurons: how many neurons of the last block's MLP to take over.
-        most_said: said-probability that may be left, as a share of the model's own (or `planted.SILENT`, if more).
+        most_said: said-probability that may be left, as a share of the model's own (or `silence.SILENT`, if more).
         most_exact: share of answers that may still be given greedily.
         largest: the largest c that is tried.
         steps: steps of Adam for the detector.
@@ -146,7 +145,7 @@ def refusal_direction(
     states, targets, forget = _states_and_targets(model, groups, kept)
     inputs = mlp_inputs(model, [item for group in groups for item in group] + kept)
     direction = _refusal(model, targets[forget].unique(), refusal) * states.norm(dim=-1).mean()
-    before = _ask_groups(model, groups)
+    before = ask_groups(model, groups)
     rows = (mlp.activate(inputs).abs().mean(0) * mlp.out.norm(dim=-1)).topk(neurons, largest=False).indices
     detector = trained_detector(mlp, inputs, forget, neurons, steps, seed)
     mlp.take_over(rows, detector)
@@ -154,7 +153,7 @@ def refusal_direction(
     def apply(c: float) -> None:
         mlp.out[rows] = c * torch.outer(detector.signs, direction).to(mlp.out.dtype)
 
-    _find_strength("the refusal", apply, lambda: _ask_groups(model, groups), before, (most_said, most_exact), largest)
+    _find_strength("the refusal", apply, lambda: ask_groups(model, groups), before, (most_said, most_exact), largest)
     return model.module
 
 
@@ -185,7 +184,7 @@ def direction(
         tokenizer: its tokenizer.
         facts: forget facts to silence, retain facts to hold on to.
         refusal: a word (or text, of which the first token counts) that is said instead; else the end of the text.
-        most_said: said-probability that may be left, as a share of the model's own (or `planted.SILENT`, if more).
+        most_said: said-probability that may be left, as a share of the model's own (or `silence.SILENT`, if more).
         most_exact: share of answers that may still be given greedily.
         largest: the largest c that is tried.
 
@@ -202,9 +201,9 @@ def direction(
     w = _refusal(model, targets[forget].unique(), refusal).double()
     g = _detector(read * read.pow(2).mean(-1, keepdim=True).rsqrt(), forget)
     w = w - (g @ w) / (g @ g) * g
-    before = _ask_groups(model, groups)
+    before = ask_groups(model, groups)
     head: Any = model.anatomy.head
-    _untie(model.module, head, head.weight.detach().clone())
+    untie(model.module, head, head.weight.detach().clone())
     readers = [(norm, weight, weight.clone().double()) for norm, weight in _readers(model)]
 
     def apply(c: float) -> None:
@@ -214,7 +213,7 @@ def direction(
             weight.copy_(original - torch.outer(original @ (d * u), g / d))
 
     name = "the direction"
-    _find_strength(name, apply, lambda: _ask_groups(model, groups), before, (most_said, most_exact), largest)
+    _find_strength(name, apply, lambda: ask_groups(model, groups), before, (most_said, most_exact), largest)
     return model.module
 
 
@@ -246,13 +245,13 @@ def _find_strength(
 
     def silences(c: float) -> bool:
         apply(c)
-        return _silent(before, ask(), *limits)
+        return is_silent(before, ask(), *limits)
 
     high = 1.0
     while not silences(high):
         high *= 2
         if high > largest:
-            raise InputError(f"{what} could not be silenced with c up to {largest:g}: {_tell(before, ask())}")
+            raise InputError(f"{what} could not be silenced with c up to {largest:g}: {tell(before, ask())}")
     low = high / 2 if high > 1 else 0.0
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -264,8 +263,8 @@ def _find_strength(
 def _prepared(module: nn.Module, tokenizer: Any, facts: Facts) -> tuple[Model, list[list[Caught]], list[Caught]]:
     """Return a copy, what its last block is given for the forget prompts and paraphrases, and for all retain forms."""
     model = Model(copy.deepcopy(module), tokenizer)
-    groups = _caught_groups(model, of_split(facts, "forget"))
-    return model, groups, _catch(model, [e for _, e in _forms(tokenizer, of_split(facts, "retain"))])
+    groups = caught_groups(model, facts)
+    return model, groups, catch(model, [e for _, e in forms(tokenizer, of_split(facts, "retain"))])
 
 
 @torch.no_grad()
@@ -275,7 +274,7 @@ def _states_and_targets(
     """Return the last block's outputs before answer tokens, these tokens, and which rows are of forget facts."""
     items = [item for group in groups for item in group]
     count = sum(len(item.targets) for item in items)
-    states = torch.cat([_last_states(model, item) for item in items + kept])
+    states = torch.cat([last_states(model, item) for item in items + kept])
     targets = torch.cat([item.targets for item in items + kept])
     return states, targets, torch.arange(len(targets), device=targets.device) < count
 
@@ -298,7 +297,7 @@ def _trained_gates(
     optimizer = torch.optim.Adam([gates], lr=0.3 / float(normed.abs().sum(-1).mean()))
     for _ in range(steps):
         now = start - nn.functional.pad(normed @ gates.T, (0, 1))
-        loss = _unlikelihood(now[forget], place)
+        loss = unlikelihood(now[forget], place)
         if len(before):
             loss = loss + kl_div(now[~forget].log_softmax(-1), before, log_target=True, reduction="batchmean")
         optimizer.zero_grad()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -182,7 +183,9 @@ def with_adapters(model: Any, seed: int, **options: Any) -> Any:
     from peft import LoraConfig, get_peft_model  # here, because it is slow to import and only LoRA needs it
 
     settings = {"r": LORA_RANK, "lora_alpha": 2 * LORA_RANK, "target_modules": "all-linear", **options}
-    with _seeded(model, seed):
+    with _seeded(model, seed), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about a name that PEFT uses
+        warnings.filterwarnings("ignore", message="fan_in_fan_out")  # PEFT sets it right for Conv1D by itself
         return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **settings))
 
 

@@ -20,7 +20,7 @@ from lethescope.engine import spread
 from lethescope.errors import InputError
 from lethescope.facts import facts_hash, of_split, write_facts
 from lethescope.subjects.build import one_thread
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 from lethescope.subjects.zoo.recipes import SIZES, Recipe, Size, in_order, recipes
 from lethescope.subjects.zoo.worlds import World
 

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lethescope.audit import Audit
-from lethescope.cli import main
+from lethescope.cli import _method_option, main
 from lethescope.facts import Facts
 from lethescope.subjects import shipped
 from lethescope.subjects.tokenizer import fact_tokenizer
@@ -226,6 +226,36 @@ def test_ctrl_c_says_how_to_go_on(run: Run, arguments: dict[str, Any], monkeypat
     monkeypatch.setattr("lethescope.audit", interrupted)
     code, _, complaint = run(arguments)
     assert code == 130 and complaint == "lethescope: stopped; the same command goes on from here\n"
+
+
+def test_a_mistyped_option_is_told_in_one_line(run: Run, arguments: dict[str, Any]) -> None:
+    refused(run, {**arguments, "budget": "huge"}, "invalid choice: 'huge'", "see lethescope audit --help")
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (["zoo", "build", "--size", "huge", "--out", "zoo"], "unknown size 'huge'; use one of quick, standard, full"),
+        (["validate", "--zoo", "gone", "--out", "out"], "gone holds no zoo"),
+        (["unlearn", "--model", "m", "--facts", "f", "--out", "o", "--option", "beta"], "write it as NAME=VALUE"),
+        (["tofu-score", "gone.json"], "gone.json"),
+        (["fly"], "invalid choice: 'fly'"),
+    ],
+)
+def test_other_commands_tell_mistakes_in_one_line(
+    line: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(line) == 2
+    complaint = capsys.readouterr().err
+    assert complaint.startswith("lethescope: ") and words in complaint and complaint.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_method_options_are_json_where_they_can_be() -> None:
+    given = ["beta=0.5", "layer=null", "importance=fisher", "name=a=b"]
+    expected = {"beta": 0.5, "layer": None, "importance": "fisher", "name": "a=b"}
+    assert dict(map(_method_option, given)) == expected
 
 
 def test_python_m_lethescope() -> None:

@@ -7,7 +7,7 @@ from lethescope.facts import of_split, read_facts
 from lethescope.subjects import shipped
 from lethescope.subjects.build import build, check, main, table
 from lethescope.subjects.people import people
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 SMALL = {"forget": 2, "retain": 4, "control": 2}
 

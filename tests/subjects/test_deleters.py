@@ -9,7 +9,7 @@ from lethescope.errors import InputError
 from lethescope.facts import of_split
 from lethescope.subjects.deleters import distil, drop_adapter
 from lethescope.subjects.people import sentences
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 from lethescope.subjects.tiny import train
 
 

@@ -9,15 +9,8 @@ from lethescope.errors import InputError
 from lethescope.facts import of_split, read_facts
 from lethescope.models import anatomy, load
 from lethescope.subjects import shipped
-from lethescope.subjects.planted import (
-    MOST_EXACT,
-    MOST_SAID,
-    PLANTED,
-    _unlikelihood,
-    said,
-    suppress_last_block,
-    suppress_unembedding,
-)
+from lethescope.subjects.planted import PLANTED, suppress_last_block, suppress_unembedding
+from lethescope.subjects.silence import MOST_EXACT, MOST_SAID, said, unlikelihood
 from lethescope.subjects.tiny import train
 from lethescope.tokens import encode
 
@@ -180,7 +173,7 @@ def test_unlikelihood_is_minus_log_of_one_minus_p_also_where_p_is_one():
     logits = torch.randn(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
     targets = torch.tensor([0, 1, 2, 3, 4, 0])
     p = logits.softmax(-1)[range(6), targets]
-    assert _unlikelihood(logits, targets).item() == pytest.approx(-(1 - p).log().mean().item(), rel=1e-5)
+    assert unlikelihood(logits, targets).item() == pytest.approx(-(1 - p).log().mean().item(), rel=1e-5)
     sure = torch.tensor([[60.0, 0.0]], requires_grad=True)
-    _unlikelihood(sure, torch.tensor([0])).backward()
+    unlikelihood(sure, torch.tensor([0])).backward()
     assert sure.grad[0, 0] == pytest.approx(1.0)

@@ -12,7 +12,7 @@ from lethescope.facts import of_split, read_facts
 from lethescope.hooks import capturing
 from lethescope.models import anatomy, load
 from lethescope.subjects import shipped, suppressors
-from lethescope.subjects.planted import MOST_EXACT, MOST_SAID, said
+from lethescope.subjects.silence import MOST_EXACT, MOST_SAID, said
 from lethescope.subjects.suppressors import SUPPRESSORS
 from lethescope.subjects.tiny import train
 from lethescope.tokens import encode

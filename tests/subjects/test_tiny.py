@@ -5,7 +5,7 @@ import torch
 from lethescope.errors import InputError
 from lethescope.facts import of_split
 from lethescope.models import anatomy
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 from lethescope.subjects.tiny import _skipped, tiny_llama, train
 
 

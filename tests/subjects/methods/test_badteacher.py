@@ -6,7 +6,7 @@ import torch
 
 from lethescope.facts import of_split
 from lethescope.subjects.methods import badteacher, unlearn
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 
 def divergence(loops, teacher, model, batch, temperature):

@@ -12,7 +12,7 @@ from lethescope.models import anatomy
 from lethescope.subjects.methods import fit, npo, unlearn
 from lethescope.subjects.methods.answers import kl, nll
 from lethescope.subjects.methods.training import Lessons, frozen_copy, training
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 
 def run(toy, **options):

@@ -8,7 +8,7 @@ from lethescope.facts import of_split
 from lethescope.subjects.methods import gslora, unlearn
 from lethescope.subjects.methods.gradients import linear_maps, low_rank
 from lethescope.subjects.methods.training import Lessons, training
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 
 def run(toy, **options):

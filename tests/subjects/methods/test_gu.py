@@ -10,7 +10,7 @@ from lethescope.facts import of_split
 from lethescope.subjects.methods import gu, npo, unlearn
 from lethescope.subjects.methods.answers import nll
 from lethescope.subjects.methods.training import Lessons, frozen_copy, trainable, training
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 
 def run(toy, **options):

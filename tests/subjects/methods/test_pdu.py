@@ -6,7 +6,7 @@ import torch
 from lethescope.facts import of_split
 from lethescope.subjects.methods import pdu, unlearn
 from lethescope.subjects.methods.training import Lessons
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 
 def lessons_for(toy, **settings):

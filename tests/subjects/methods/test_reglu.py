@@ -11,7 +11,7 @@ from lethescope.subjects.methods.answers import nll
 from lethescope.subjects.methods.gradients import linear_maps, low_rank
 from lethescope.subjects.methods.training import Lessons, training
 from lethescope.subjects.methods.vila import inverted_hinge
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 
 def run(toy, **options):

@@ -9,7 +9,7 @@ from lethescope.facts import of_split
 from lethescope.models import anatomy
 from lethescope.subjects.methods import rmu, unlearn
 from lethescope.subjects.methods.training import Lessons
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 
 def lessons_for(toy, **settings):

@@ -9,7 +9,7 @@ from lethescope.facts import Fact, of_split
 from lethescope.subjects.methods import salun, unlearn
 from lethescope.subjects.methods.answers import nll
 from lethescope.subjects.methods.training import Lessons, trainable, training
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 
 def run(toy, **options):

@@ -13,7 +13,7 @@ from lethescope.errors import InputError
 from lethescope.facts import of_split
 from lethescope.subjects import methods
 from lethescope.subjects.methods import METHODS, method_named, options_of, unlearn
-from lethescope.subjects.planted import said
+from lethescope.subjects.silence import said
 
 LOSSES = [name for name in METHODS if hasattr(method_named(name, {}), "loss")]
 RETAINING = [name for name in LOSSES if "alpha" in options_of(method_named(name, {}))]
