@@ -8,6 +8,7 @@ from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -293,8 +294,7 @@ def _load_gguf(path: Path, role: str, options: dict[str, Any]) -> tuple[Any, str
 @contextmanager
 def _bars_on_terminals_only() -> Generator[None]:
     """Keep transformers' bar over GGUF tensors out of logs."""
-    from transformers import modeling_gguf_pytorch_utils as reader
-
+    reader: Any = import_module("transformers.modeling_gguf_pytorch_utils")
     shown = reader.tqdm
     reader.tqdm = partial(shown, disable=None)
     try:

@@ -353,8 +353,8 @@ def _readers(model: Model) -> list[tuple[nn.Module, Tensor]]:
     normed: list[tuple[Tensor, nn.Module]] = []
     found: list[tuple[nn.Module, Tensor]] = []
 
-    def hear(module: nn.Module, args: Any) -> None:
-        weight: Any = module.weight.detach()
+    def hear(module: Any, args: Any) -> None:
+        weight = module.weight.detach()
         norms = [norm for out, norm in normed if args and out is args[0]]
         found.extend((norm, weight if isinstance(module, nn.Linear) else weight.T) for norm in norms)
 
