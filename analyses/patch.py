@@ -186,4 +186,5 @@ CHANNEL = Channel(
     budgets=every_budget(),
     sees_original=True,
     needs="shape",
+    needs_reference=True,
 )

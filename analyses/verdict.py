@@ -31,6 +31,8 @@ class Finding:
     planted: Mapping[str, Interval]
     p_adjusted: float
     seconds: float
+    grounded: bool = True
+    """False where the channel needs a reference for its null and none was given: it may neither decide nor vote."""
 
     @property
     def blind(self) -> bool:
@@ -40,12 +42,13 @@ class Finding:
     @property
     def votes(self) -> bool:
         """True when the channel's silence means something."""
-        return self.residue.testable and not self.blind and self.name != "say"
+        return self.grounded and self.residue.testable and not self.blind and self.name != "say"
 
     @property
     def found(self) -> bool:
         """True when the residue is above zero after correction for the number of channels."""
-        return self.residue.testable and self.p_adjusted < LEVEL and self.residue.simultaneous.low > 0
+        sure = self.p_adjusted < LEVEL and self.residue.simultaneous.low > 0
+        return self.grounded and self.residue.testable and sure
 
 
 def adjust(p_values: Mapping[str, float]) -> dict[str, float]:

@@ -90,7 +90,7 @@ def planted_of(channel: Mapping[str, Any]) -> dict[str, tuple[float, float, floa
 
 
 def note_of(channel: Mapping[str, Any]) -> str:
-    """Return why a channel has no say: "not testable", "blind here", or nothing where it has one.
+    """Return why a channel has no say: "not testable", "needs a reference", "blind here", or nothing where it has one.
 
     A channel that missed a planted control is blind where it finds nothing; what it does find counts.
 
@@ -101,6 +101,8 @@ def note_of(channel: Mapping[str, Any]) -> str:
     """
     if not channel.get("testable", True):
         return "not testable"
+    if not channel.get("grounded", True):
+        return "needs a reference"
     return "blind here" if channel.get("blind") and not interval(channel.get("residue"))[1] > 0 else ""
 
 

@@ -24,6 +24,8 @@ class Channel:
         sees_original: True when `measure` looks at the original too, beside the model in question.
         needs: what the two models must share before the channel can be run: `shape` (blocks, width and vocabulary)
             or nothing.
+        needs_reference: True when the channel's other nulls are too low: without a reference it is shown, and may
+            neither decide nor vote.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Channel:
     splits: tuple[str, ...] = ("forget", "control")
     sees_original: bool = False
     needs: Literal["", "shape"] = ""
+    needs_reference: bool = False
 
 
 def every_budget(**options: Any) -> dict[str, dict[str, Any]]:

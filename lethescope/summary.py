@@ -36,17 +36,20 @@ Measured = Mapping[tuple[str, str], xr.Dataset]
 def findings(chosen: Sequence[Channel], seed: int, measured: Measured) -> dict[str, Finding]:
     """Take every channel's residue, of the unlearned model and of the planted copies, and correct the p-values."""
     roles = {role for _, role in measured}
+    referenced = any(role.startswith("reference") for role in roles)
+    grounded = {channel.name: referenced or not channel.needs_reference for channel in chosen}
     found, copies, seconds = {}, {}, {}
     for name in (channel.name for channel in chosen):
         mine = {role: measured[name, role] for role in sorted(roles)}
-        found[name] = residue(mine, seed=seed, channels=len(chosen))
+        found[name] = residue(mine, seed=seed, channels=sum(grounded.values()))
         copies[name] = {
             kind: residue(mine, role=f"planted-{kind}", seed=seed).residue if f"planted-{kind}" in mine else UNKNOWN
             for kind in PLANTED
         }
         seconds[name] = round(sum(float(ds.attrs["seconds"]) for ds in mine.values()), 3)
-    adjusted = adjust({name: r.p_value if r.testable else float("nan") for name, r in found.items()})
-    return {n: Finding(n, found[n], copies[n], adjusted[n], seconds[n]) for n in found}
+    tested = {name: r.testable and grounded[name] for name, r in found.items()}
+    adjusted = adjust({name: r.p_value if tested[name] else float("nan") for name, r in found.items()})
+    return {n: Finding(n, found[n], copies[n], adjusted[n], seconds[n], grounded[n]) for n in found}
 
 
 def summarise(
@@ -114,15 +117,22 @@ def _channel(finding: Finding, measured: Measured) -> dict[str, Any]:
         "planted_low": {kind: seen.as_dict()["low"] for kind, seen in finding.planted.items()},
         "blind": finding.blind,
         "testable": found.testable,
+        "grounded": finding.grounded,
         "votes": finding.votes,
         "p_value": _number(finding.p_adjusted),
         "n_facts": found.n_facts,
         "original": found.original.as_dict(),
         "places": list(found.places),
         "seconds": finding.seconds,
-        "note": "" if found.testable else "the original itself shows nothing above the null here",
+        "note": _note(finding),
     }
     return entry | (_depth_score(measured) if finding.name == "patch" else {})
+
+
+def _note(finding: Finding) -> str:
+    if not finding.residue.testable:
+        return "the original itself shows nothing above the null here"
+    return "" if finding.grounded else "without a reference its null is too low; it neither decides nor votes"
 
 
 def _depth_score(measured: Measured) -> dict[str, Any]:

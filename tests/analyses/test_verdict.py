@@ -1,5 +1,7 @@
 """Tests of the verdict: every word, every rule and their order, on findings whose numbers are put in."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -113,6 +115,14 @@ def test_a_blind_channel_cannot_vote_for_silence_but_may_find():
     wide = finding("compress", 0.0, 0.6, planted=(0.0, 0.0))
     assert verdict(wide)[0] == "no_residue_found"  # a blind channel's doubt does not count either
     assert verdict(finding("lens", 0.8, planted=(0.0, 0.0)))[:2] == ("suppressed", "lens")
+
+
+def test_a_channel_that_needs_a_reference_neither_decides_nor_votes_without_one():
+    bare = replace(finding("patch", 0.8), grounded=False)
+    assert not bare.found and not bare.votes
+    assert verdict(bare)[0] == "inconclusive"  # lens alone is left to vote
+    assert verdict(bare, finding("relearn"))[:2] == ("no_residue_found", "lens")
+    assert verdict(bare, finding("lens", 0.6))[:2] == ("suppressed", "lens")
 
 
 def test_say_and_channels_that_are_not_testable_do_not_vote():

@@ -213,3 +213,15 @@ def test_without_its_reference_an_audit_is_what_it_would_have_been(few_options: 
     held = audit(**few_options, references=[shipped("reference")], cache=cache)
     plain = audit(**few_options, cache=cache)
     same_numbers(held.without_references(), plain)
+
+
+def test_patch_testifies_only_beside_a_reference(few_options: dict[str, Any]) -> None:
+    options = {**few_options, "channels": ["say", "patch"]}
+    held = audit(**options, references=[shipped("reference")])
+    for result, grounded in ((held, True), (held.without_references(), False)):
+        patch = next(c for c in result.summary["channels"] if c["name"] == "patch")
+        assert patch["grounded"] is patch["votes"] is grounded
+        assert patch["residue"]["estimate"] > 0.9, "it is shown either way"
+        assert ("without a reference" in patch["note"]) is not grounded
+        assert (patch["p_value"] is None) is not grounded
+    assert held.verdict == "suppressed" and "needs a reference" in str(held.without_references())
