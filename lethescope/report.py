@@ -159,9 +159,10 @@ def _told(verdict: Mapping[str, Any]) -> Telling:
 
 
 def _residue(verdict: Mapping[str, Any]) -> str:
-    """Return the verdict's residue in words."""
-    found = brief(verdict.get("residue"))
-    return f"{found} (0 = as if never taught, 1 = as in the original)" if found else ""
+    """Return the verdict's residue in words, and whose it is where another channel decided."""
+    found, of = brief(verdict.get("residue")), verdict.get("residue_of")
+    whose = f" in {of}" if of and of != verdict.get("decided_by") else ""
+    return f"{found}{whose} (0 = as if never taught, 1 = as in the original)" if found else ""
 
 
 def _count(number_of: int, thing: str) -> str:

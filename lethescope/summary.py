@@ -65,14 +65,15 @@ def summarise(
     """Return what `verdict.json` holds: the verdict with everything it rests on."""
     hurt = damage({role: measured["say", role] for role in ("original", "unlearned")}, seed)
     forget = of_split(facts, "forget")
-    word, by, reason = decide(found, hurt, len(forget), len({f.subject for f in forget}))
+    decision = decide(found, hurt, len(forget), len({f.subject for f in forget}))
     return {
         "schema": 1,
-        "verdict": word,
-        "residue": found[by].residue.residue.as_dict(),
-        "decided_by": by,
+        "verdict": decision.word,
+        "residue": found[decision.residue_of].residue.residue.as_dict(),
+        "residue_of": decision.residue_of,
+        "decided_by": decision.by,
         "margin": MARGIN,
-        "reason": reason,
+        "reason": decision.reason,
         "channels": [_channel(f, measured) for f in found.values()],
         "damage": _damage(hurt),
         "facts": {**split_counts(facts), "hash": facts_hash(facts)},

@@ -30,9 +30,16 @@ def finding(name, estimate=0.0, half=0.05, *, p=None, testable=True, planted=(0.
 SILENT = {"say": finding("say", planted=(0.0, 0.0)), "lens": finding("lens"), "patch": finding("patch")}
 
 
-def verdict(*changed, hurt=WHOLE, n_facts=40, n_subjects=20):
+def decision(*changed, hurt=WHOLE, n_facts=40, n_subjects=20):
     found = {**SILENT, **{f.name: f for f in changed}}
     return decide(found, hurt, n_facts, n_subjects)
+
+
+def verdict(*changed, **given):
+    """Word, deciding channel and reason; the residue is the deciding channel's, unless the model is damaged."""
+    word, by, reason, residue_of = decision(*changed, **given)
+    assert residue_of == by or word == "damaged"
+    return word, by, reason
 
 
 def test_no_residue_found_needs_every_voter_and_say_below_the_margin():
@@ -81,10 +88,18 @@ def test_a_broken_model_is_damaged_unless_it_still_says_the_facts():
     word, by, reason = verdict(finding("lens", 0.9), hurt=BROKEN)
     assert (word, by) == ("damaged", "say")
     assert "only 10% of the retain facts' value is left" in reason
+    assert reason.endswith("and lens still finds 90% of what it finds in the original")
     assert verdict(hurt=BROKEN)[0] == "damaged"
     unsure = Damage(0.9, 0.3, Interval(0.33, 0.1, 0.5))
     assert verdict(hurt=unsure)[0] == "no_residue_found"
     assert verdict(hurt=Damage(float("nan"), float("nan"), NAN))[0] == "no_residue_found"  # no retain facts
+
+
+def test_beside_damaged_stands_the_residue_that_would_have_decided():
+    assert decision(finding("lens", 0.9), hurt=BROKEN).residue_of == "lens"
+    assert decision(finding("lens", 0.3), finding("patch", 0.1), hurt=BROKEN).residue_of == "lens"
+    assert decision(finding("patch", 0.1), hurt=BROKEN).residue_of == "patch"  # the hardest of those that find none
+    assert decision(hurt=BROKEN).reason.endswith("a broken model has not shown that it forgot")
 
 
 @pytest.mark.parametrize(("n_facts", "n_subjects"), [(3, 3), (9, 9), (40, 4)])
