@@ -6,7 +6,7 @@ the facts and do not say them from models that do not hold them, where outputs a
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -48,14 +48,16 @@ def summarise(values: pd.DataFrame, verdicts: pd.DataFrame, *, seed: int = 0) ->
     Returns:
         `models` (count by pool), `separation` (AUC by metric, question and whether a reference was given, with
         intervals and the paired difference to UDS), `calibration` (mean |residue - truth| by metric), `verdicts`
-        (counts by pool), `right` and `errors` (shares with exact intervals), `robustness` and `cost`.
+        (counts by pool), `right` (shares with exact intervals, by pool), `by_world` (the same by world), `errors`,
+        `robustness` and `cost`.
     """
     told = {
         "models": {pool: int(n) for pool, n in _once(verdicts).groupby("pool").size().items()},
         "separation": list(separation(values, seed)),
         "calibration": list(calibration(values)),
         "verdicts": list(_counts(verdicts)),
-        "right": list(right(verdicts)),
+        "right": list(right(verdicts, "pool")),
+        "by_world": list(right(verdicts, "world")),
         "errors": list(errors(verdicts)),
         "robustness": list(robustness(values, verdicts)),
         "cost": list(cost(verdicts)),
@@ -134,19 +136,14 @@ def _counts(verdicts: pd.DataFrame) -> Iterator[Record]:
         yield {"reference": bool(reference), "pool": pool, "verdict": word, "count": len(rows)}
 
 
-def right(verdicts: pd.DataFrame) -> Iterator[Record]:
-    """Yield the share of right verdicts by pool and over all pools whose truth is known."""
+def right(verdicts: pd.DataFrame, by: Literal["pool", "world"]) -> Iterator[Record]:
+    """Yield the share of right verdicts by pool or world, and over all pools whose truth is known."""
     for reference, rows in verdicts.groupby("reference"):
         known = rows[rows["pool"].isin(RIGHT)]
         hit = known["verdict"] == known["pool"].map(RIGHT).where(known["retain"] >= HALF, "damaged")
-        for pool, mine in [*hit.groupby(known["pool"]), ("all", hit)]:
-            yield {
-                "reference": bool(reference),
-                "pool": pool,
-                "count": int(mine.sum()),
-                "of": len(mine),
-                **share(int(mine.sum()), len(mine)).as_dict(),
-            }
+        for name, mine in [*hit.groupby(known[by]), ("all", hit)]:
+            record = {"reference": bool(reference), by: name, "count": int(mine.sum()), "of": len(mine)}
+            yield record | share(int(mine.sum()), len(mine)).as_dict()
 
 
 def errors(verdicts: pd.DataFrame) -> Iterator[Record]:

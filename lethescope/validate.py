@@ -18,20 +18,19 @@ from tqdm.auto import tqdm
 from lethescope import audit, load, runs, validation_page
 from lethescope.analyses import validation
 from lethescope.auc import auc
-from lethescope.audit import CHANNELS, Audit
+from lethescope.audit import Audit
 from lethescope.engine import spread
 from lethescope.errors import InputError
-from lethescope.facts import Facts, of_split
+from lethescope.facts import Facts, facts_hash, of_split
 from lethescope.figures import style
 from lethescope.figures import validation as figures
+from lethescope.figures.residue import brief
 from lethescope.models import Model
 from lethescope.probes import membership, rouge
 from lethescope.subjects.zoo import Member, Zoo, read
 from lethescope.summary import VERSION, as_json
 
 POOLS = ("P", "N", "suppressor", "deleter", "method", "stressed")
-UNSTRESSED = tuple(name for name in CHANNELS if name not in {"relearn", "compress"})
-"""Channels that are run on models which were rounded or retrained already."""
 
 Row = dict[str, Any]
 
@@ -91,22 +90,16 @@ def in_brief(summary: Mapping[str, Any]) -> str:
     lines = [f"{sum(summary['models'].values())} models of a {summary['zoo']} zoo, budget {summary['budget']}", ""]
     for record in (*summary["right"], *summary["errors"]):
         what = f"{record['pool']} right" if "pool" in record else record["error"]
-        lines.append(f"{what:<18} {_with(record):<14} {record['count']:>3} of {record['of']:<4} {_interval(record)}")
+        lines.append(f"{what:<18} {_with(record):<14} {record['count']:>3} of {record['of']:<4} {brief(record, '-')}")
     lines += ["", "AUC, suppressors against deleters:"]
     inside = [r for r in summary["separation"] if r["question"] == "b"]
     for record in sorted(inside, key=lambda r: -r["estimate"]):
-        lines.append(f"{record['metric']:<24} {_with(record):<14} {_interval(record)}")
+        lines.append(f"{record['metric']:<24} {_with(record):<14} {brief(record, '-')}")
     return "\n".join(lines)
 
 
 def _with(record: Mapping[str, Any]) -> str:
     return "with reference" if record["reference"] else "without"
-
-
-def _interval(record: Mapping[str, Any]) -> str:
-    if record["estimate"] is None:
-        return "-"
-    return f"{record['estimate']:.2f} [{record['low']:.2f}, {record['high']:.2f}]"
 
 
 def _write_page(page: Path, told: dict[str, Any], drawn: Mapping[str, Figure], command: str) -> None:
@@ -175,15 +168,9 @@ def _examine(member: Member, *, cache: str, budget: str) -> tuple[list[Row], lis
         "of": member.how.get("of", ""),
         "stress": member.how.get("stress", ""),
     }
+    model, reference = load(member.folder, role=member.name), load(member.reference, role="reference")
     held = audit(
-        member.original,
-        member.folder,
-        member.facts,
-        references=[member.reference],
-        channels=UNSTRESSED if member.pool == "stressed" else None,
-        budget=budget,
-        cache=cache,
-        progress=False,
+        member.original, model, member.facts, references=[reference], budget=budget, cache=cache, progress=False
     )
     values: list[Row] = []
     verdicts: list[Row] = []
@@ -191,7 +178,8 @@ def _examine(member: Member, *, cache: str, budget: str) -> tuple[list[Row], lis
         here = {**names, "reference": reference}
         values += [{**here, "metric": name, "value": value} for name, value in residues(result.summary).items()]
         verdicts.append({**here, "retain": member.said["retain"], **_verdict(result)})
-    outputs = {**output_metrics(held.measurement("say")), **_more_outputs(member, held.facts, Path(cache))}
+    more = _more_outputs(model, reference, held.facts, Path(cache))
+    outputs = {**output_metrics(held.measurement("say")), **more}
     values += [{**names, "reference": True, "metric": name, "value": value} for name, value in outputs.items()]
     return values, verdicts
 
@@ -221,14 +209,13 @@ def output_metrics(said: xr.Dataset) -> dict[str, float]:
     }
 
 
-def _more_outputs(member: Member, facts: Facts, cache: Path) -> dict[str, float]:
+def _more_outputs(model: Model, reference: Model, facts: Facts, cache: Path) -> dict[str, float]:
     """ROUGE-L of greedy answers, and how well membership inference tells forget from control facts (AUC)."""
     asked = tuple(f for f in facts if f.split != "retain")
-    key = runs.key(outputs=1, member=str(member.folder), facts=[f.id for f in asked])
+    key = runs.key(outputs=2, models=[m.fingerprint for m in (model, reference)], facts=facts_hash(asked))
     place = cache / f"{key}.json"
     if place.is_file():
         return {name: float(x) for name, x in pd.read_json(place, typ="series").items()}
-    model, reference = load(member.folder, role=member.name), load(member.reference, role="reference")
     found = {**_rouge(model, of_split(facts, "forget")), **_membership(model, reference, asked)}
     runs.write_text(place, pd.Series(found).to_json())
     return found

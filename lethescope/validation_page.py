@@ -39,6 +39,9 @@ ERRORS = {
     "false alarm": "a model that does not hold the facts is called *known*, *suppressed* or *partly erased*",
 }
 
+SEEN = ("llama-1", "llama-2")
+"""Worlds that had been looked at when the rule was made that patch needs a reference to testify."""
+
 CAPTIONS = {
     "separation": "Suppressors against deleters: AUC of each metric.",
     "verdicts": "Verdicts by pool; the right one is outlined.",
@@ -70,6 +73,8 @@ def render(summary: Mapping[str, Any], *, command: str, figures: Mapping[str, st
         total=sum(n for pool, n in summary["models"].items() if pool in POOLS),
         stressed=summary["models"].get("stressed", 0),
         kinds=[(audited(kind), verdict_table(summary, kind), error_table(summary, kind)) for kind in kinds],
+        worlds=world_table(summary),
+        seen=sorted(set(SEEN) & set(summary.get("worlds", ()))),
         errors=ERRORS,
         separation=[(key, ASKED[key], list(_separations(summary, key))) for key in ASKED],
         calibration=calibration_table(summary),
@@ -98,6 +103,17 @@ def verdict_table(summary: Mapping[str, Any], reference: bool) -> Table:
         known = [row for pool, row in zip(pools, counts, strict=True) if pool in right]
         rows.append(["all of known truth", *map(str, sum(known)), _of(right["all"]), brief(right["all"], DASH)])
     return Table(["pool", *(told.name for told in VERDICTS.values()), "right", "share right"], rows)
+
+
+def world_table(summary: Mapping[str, Any]) -> Table:
+    """Return the share of right verdicts world by world, with a reference and without."""
+    entries = summary.get("by_world", ())
+    by = {(entry["world"], entry["reference"]): entry for entry in entries}
+    worlds = list(dict.fromkeys(entry["world"] for entry in entries))
+    rows = [
+        [escaped(w), *(text(by.get((w, kind))) for kind in (True, False) for text in (_of, _brief))] for w in worlds
+    ]
+    return Table(["world", "with a reference", "share right", "without", "share right"], rows)
 
 
 def error_table(summary: Mapping[str, Any], reference: bool) -> Table:
@@ -172,6 +188,10 @@ def _separations(summary: Mapping[str, Any], question: str) -> Iterator[tuple[st
 
 def _of(entry: Mapping[str, Any] | None) -> str:
     return f"{entry['count']} of {entry['of']}" if entry else DASH
+
+
+def _brief(entry: Mapping[str, Any] | None) -> str:
+    return brief(entry, DASH)
 
 
 def _digits(value: Any, digits: int = 2) -> str:

@@ -37,10 +37,14 @@ class Size:
     distilled: int
 
 
+def _gpt2(seed: int) -> World:
+    return World(seed, "gpt2", lr=1e-3)  # at 2e-3 this shape is still unsure of its retain answers after 40 rounds
+
+
 SIZES = {
     "quick": Size((World(1), World(2)), knowing=2, ignorant=3, strengths=1, method_worlds=1, distilled=1),
     "standard": Size(
-        (World(1), World(2), World(3), World(4), World(5, "gpt2")),
+        (*(World(seed) for seed in range(3, 7)), _gpt2(7)),
         knowing=4,
         ignorant=6,
         strengths=2,
@@ -48,7 +52,7 @@ SIZES = {
         distilled=5,
     ),
     "full": Size(
-        (*(World(seed) for seed in range(1, 9)), *(World(seed, "gpt2") for seed in range(9, 13))),
+        (*(World(seed) for seed in range(8, 16)), *(_gpt2(seed) for seed in range(16, 20))),
         knowing=6,
         ignorant=6,
         strengths=3,
@@ -56,7 +60,8 @@ SIZES = {
         distilled=12,
     ),
 }
-"""`quick` is for continuous integration; `full` has 72 models of pool P and 72 of pool N."""
+"""`quick` is for continuous integration; `full` has 72 models of pool P and 72 of pool N. No two sizes share a world:
+what was decided after looking at one can be held against another."""
 
 
 @dataclass(frozen=True)

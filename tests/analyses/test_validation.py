@@ -131,7 +131,7 @@ def test_the_right_verdict_is_damaged_where_the_retain_facts_are_lost():
         verdict("stressed", "x-0", "suppressed"),
         verdict("P", "P-0", "inconclusive", reference=False),
     ]
-    found = list(validation.right(pd.DataFrame(rows)))
+    found = list(validation.right(pd.DataFrame(rows), "pool"))
     counts = {r["pool"]: (r["count"], r["of"]) for r in found if r["reference"]}
     assert counts == {"P": (1, 1), "suppressor": (2, 4), "deleter": (1, 1), "N": (0, 1), "all": (4, 7)}
     assert record(found, reference=False, pool="all")["count"] == 0

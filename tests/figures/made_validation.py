@@ -46,7 +46,7 @@ def tables(
         pool = model["pool"]
         for reference in references:
             here = {**model, "reference": reference}
-            found = {name: (SAID if name == "say" else INSIDE)[pool] for name in _run(channels, pool)}
+            found = {name: (SAID if name == "say" else INSIDE)[pool] for name in channels}
             found |= {"verdict": INSIDE[pool], "1 - UDS": INSIDE[pool]}
             found |= dict.fromkeys(outputs, SAID[pool]) if reference else {}
             for metric, level in found.items():
@@ -54,10 +54,6 @@ def tables(
                 values.append({**here, "metric": metric, "value": value})
             verdicts.append(_verdict(here, FELL[pool][i % len(FELL[pool])], channels))
     return pd.DataFrame(values), pd.DataFrame(verdicts)
-
-
-def _run(channels, pool):
-    return [name for name in channels if pool != "stressed" or name not in {"relearn", "compress"}]
 
 
 def _models(pools, worlds):
@@ -79,6 +75,6 @@ def _verdict(here, word, channels):
     told = {name: here[name] for name in ("world", "member", "pool", "truth", "reference")}
     told |= {"retain": 0.98, "verdict": word, "decided_by": "patch", "residue": 0.5, "low": 0.4, "high": 0.6}
     told |= {"kept": 0.3 if word == "damaged" else 0.95, "blind": ""}
-    for name in _run(channels, here["pool"]):
+    for name in channels:
         told |= {f"{name} seconds": 1.5, f"{name} forward_passes": 40.0, f"{name} backward_passes": 0.0}
     return told

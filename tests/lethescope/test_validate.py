@@ -70,7 +70,7 @@ def test_a_zoo_without_a_pool_is_refused(tmp_path: Path) -> None:
 def test_a_tiny_zoo_is_validated_and_the_second_time_is_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    world = World(1, forget=6, retain=16, epochs=40, more=15, lr=1e-2)
+    world = World(1, forget=6, retain=16, epochs=60, more=60, lr=5e-3)
     small = {"layers": 3, "width": 64, "heads": 2, "kv_heads": 1}
     size = Size((world,), knowing=1, ignorant=3, strengths=1, method_worlds=1, distilled=1)
     monkeypatch.setitem(SIZES, "tiny", size)

@@ -65,18 +65,33 @@ def test_it_says_what_was_asked_of_how_many_models(page):
 
 def test_every_table_has_as_many_cells_in_every_row(page):
     found = tables(page)
-    assert len(found) == 11  # verdicts, errors: 2 each; separation: 4; calibration, robustness, costs
+    assert len(found) == 12  # verdicts, errors: 2 each; worlds; separation: 4; calibration, robustness, costs
     for table in found:
         assert len({len(row) for row in table}) == 1
         assert len(table) > 2
 
 
 def test_verdicts_are_counted_with_the_share_right(page):
-    with_reference, _ = tables(section(page, "Verdicts"))
+    with_reference, _, _ = tables(section(page, "Verdicts"))
     rows = {row[0]: row[1:] for row in with_reference}
     assert rows["suppressors"] == ["0", "3", "1", "1", "0", "0", "3 of 5", "0.60 [0.15, 0.95]"]
     assert rows["methods"][-2:] == ["–", "–"]
     assert rows["all of known truth"] == ["4", "3", "2", "6", "0", "1", "12 of 16", "0.75 [0.48, 0.93]"]
+
+
+def test_the_share_right_is_told_world_by_world(page):
+    _, _, (head, _, *rows) = tables(section(page, "Verdicts"))
+    assert head == ["world", "with a reference", "share right", "without", "share right"]
+    assert [row[0] for row in rows] == ["1", "2", "all"]
+    counts = [[int(n) for n in row[1].split(" of ")] for row in rows]
+    assert counts[0][0] + counts[1][0] == counts[2][0] == 12 and counts[2][1] == 16
+
+
+@pytest.mark.parametrize("worlds", [["llama-1", "llama-3"], ["llama-3"]])
+def test_it_says_which_worlds_are_not_held_out(summary, worlds):
+    limits = " ".join(section(rendered({**summary, "worlds": worlds}), "What this page does not prove").split())
+    assert ("On llama-1, figures without a reference are therefore not held out" in limits) == (len(worlds) == 2)
+    assert ("This page is about other worlds" in limits) == (len(worlds) == 1)
 
 
 def test_the_two_errors_are_told_with_their_intervals(page):
@@ -151,7 +166,7 @@ def test_one_world_and_no_reference():
     assert "They come from 1 world;" in page
     assert "Without a reference" in page and "With a reference" not in page
     assert "20 models" in page
-    assert len(tables(page)) == 1 + 1 + 2 + 1 + 1
+    assert len(tables(page)) == 1 + 1 + 1 + 2 + 1 + 1
     assert "| say | – | – | – |" in section(page, "Costs")
 
 
