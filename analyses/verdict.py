@@ -151,7 +151,8 @@ def _inside(findings: Mapping[str, Finding], spoken: str) -> Decision:
         reason = f"too few channels can see a planted residue here ({names}); at least {LEAST_VOTERS} must"
         return Decision("inconclusive", "say", reason, "say")
     if not worst.silent:
-        reason = f"{worst.name} finds nothing sure but cannot rule out a residue of up to {limit}; more facts would help"
+        unsure = f"cannot rule out a residue of up to {limit}; more facts would help"
+        reason = f"{worst.name} finds nothing sure but {unsure}"
         return Decision("inconclusive", worst.name, reason, worst.name)
     hardest = max(voters, key=lambda f: f.residue.residue.high)
     limit = f"{hardest.residue.residue.high:.0%}"
