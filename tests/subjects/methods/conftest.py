@@ -1,13 +1,19 @@
-"""Made-up logits, and plain Python over them: every loss has its slow textbook twin written with these."""
+"""What the methods' tests share: made-up logits with plain Python over them, for textbook twins, and runs on a toy."""
 
+import copy
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from lethescope.facts import of_split
+from lethescope.subjects.methods import unlearn
+from lethescope.subjects.methods.training import Lessons
 from lethescope.tokens import Encoded, collate
 
+SETTINGS = {"steps": 4, "lr": 1e-3, "batch_size": 8, "seed": 0, "refusals": ("baker", "cello"), "progress": False}
+"""What a run on a toy is given unless told otherwise; the refusals are words that the toy's tokenizer knows."""
 FORGET = collate([Encoded((1, 5, 6, 7), 2), Encoded((1, 8, 9), 2)], 0)
 REFUSED = collate([Encoded((1, 5, 3), 2), Encoded((1, 8, 2, 4, 10), 2)], 0)
 RETAIN = collate([Encoded((1, 2, 3), 1), Encoded((1, 4, 9, 10), 3)], 0)
@@ -74,3 +80,25 @@ def loops():
         nll=nll,
         gradients=gradients,
     )
+
+
+def splits(toy):
+    return [of_split(toy.facts, name) for name in ("forget", "retain")]
+
+
+@pytest.fixture
+def run():
+    """Unlearn in a copy of a toy's model: `run(toy, method="npo", steps=60)`; what is not given is as in `SETTINGS`."""
+
+    def unlearned(toy, **options):
+        model = copy.deepcopy(toy.model)
+        assert unlearn(model, *splits(toy), tokenizer=toy.tokenizer, **SETTINGS | options) is model
+        return model
+
+    return unlearned
+
+
+@pytest.fixture
+def lessons_for():
+    """The lessons of such a run, for tests that call a method's own functions: `lessons_for(toy, batch_size=1)`."""
+    return lambda toy, **settings: Lessons(*splits(toy), toy.tokenizer, toy.model.device, **SETTINGS | settings)

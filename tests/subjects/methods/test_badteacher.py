@@ -1,11 +1,10 @@
-import copy
 import math
 
 import pytest
 import torch
 
 from lethescope.facts import of_split
-from lethescope.subjects.methods import badteacher, unlearn
+from lethescope.subjects.methods import badteacher
 from lethescope.subjects.silence import said
 
 
@@ -45,10 +44,8 @@ def test_only_the_pupils_answer_positions_get_a_gradient(loops):
         assert start.leaf(batch).grad is None and fresh.leaf(batch).grad is None
 
 
-def test_forget_goes_down_and_retain_stays(taught):
-    model = copy.deepcopy(taught.model)
+def test_forget_goes_down_and_retain_stays(taught, run):
+    model = run(taught, method="badteacher", lr=3e-3, steps=60)
     forget, retain = (of_split(taught.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 60, "lr": 3e-3, "batch_size": 8, "progress": False}
-    unlearn(model, forget, retain, tokenizer=taught.tokenizer, method="badteacher", **settings)
     assert said(model, taught.tokenizer, forget).probability < 0.05
     assert said(model, taught.tokenizer, retain).probability > 0.8

@@ -1,21 +1,13 @@
-import copy
 import doctest
 
 import pytest
 import torch
 
 from lethescope.facts import of_split
-from lethescope.subjects.methods import blur, npo, unlearn
+from lethescope.subjects.methods import blur, npo
 from lethescope.subjects.methods.answers import nll
-from lethescope.subjects.methods.training import Lessons, frozen_copy, trainable, training
+from lethescope.subjects.methods.training import frozen_copy, trainable, training
 from lethescope.subjects.silence import said
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 3e-3, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, method="blur", **settings)
 
 
 def flat(tensors):
@@ -42,10 +34,8 @@ def test_where_nothing_is_left_to_forget_the_retain_gradient_is_followed():
     assert torch.equal(blur.direction([torch.zeros(2)], retain, 1.0)[0], retain[0])
 
 
-def test_a_step_hands_over_the_direction(taught, monkeypatch):
-    forget, retain = (of_split(taught.facts, split) for split in ("forget", "retain"))
-    lessons = Lessons(forget, retain, taught.tokenizer, taught.model.device, 4, 3e-3, 8, 0, progress=False)
-    handed = []
+def test_a_step_hands_over_the_direction(taught, lessons_for, monkeypatch):
+    lessons, handed = lessons_for(taught, lr=3e-3), []
 
     def one(weights, _lessons, step):
         with torch.no_grad():
@@ -66,8 +56,8 @@ def test_a_step_hands_over_the_direction(taught, monkeypatch):
         assert torch.allclose(now, y + (0.5 - along) * x, rtol=1e-3, atol=1e-5)
 
 
-def test_forget_goes_down_and_retain_stays(taught):
-    model = run(taught, steps=60, gamma=0.3)
+def test_forget_goes_down_and_retain_stays(taught, run):
+    model = run(taught, method="blur", lr=3e-3, steps=60, gamma=0.3)
     forget, retain = (said(model, taught.tokenizer, of_split(taught.facts, s)) for s in ("forget", "retain"))
     assert forget.probability < 0.05 and forget.exact < 0.05
     assert retain.probability > 0.8 and retain.exact > 0.9

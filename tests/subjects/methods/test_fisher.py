@@ -5,18 +5,10 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from lethescope.facts import of_split
-from lethescope.subjects.methods import fisher, unlearn
+from lethescope.subjects.methods import fisher
 from lethescope.subjects.methods.answers import nll
-from lethescope.subjects.methods.training import Lessons
 
 # No test that forget falls and retain stays: the noise never looks at the forget facts and damages both alike here.
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, method="fisher", **options)
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -30,17 +22,15 @@ def either(toy, request):
 
 
 @pytest.mark.parametrize(("power", "boost"), [(1.0, 10.0), (0.5, 1.0)])
-def test_each_weight_gets_the_noise_of_the_formula(either, power, boost):
-    forget, retain = (of_split(either.facts, split) for split in ("forget", "retain"))
-    lessons = Lessons(forget, retain, either.tokenizer, either.model.device, 0, 0.0, 8, 0)
-    twin, batches = copy.deepcopy(either.model).requires_grad_(True), list(lessons.once("retain", 1))
+def test_each_weight_gets_the_noise_of_the_formula(either, run, lessons_for, power, boost):
+    twin, batches = copy.deepcopy(either.model).requires_grad_(True), list(lessons_for(either).once("retain", 1))
     squares = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in twin.named_parameters()}
     for batch in batches:
         twin.zero_grad()
         nll(twin, batch).backward()
         for name, p in twin.named_parameters():
             squares[name] += 0 if p.grad is None else p.grad.double() ** 2 / len(batches)
-    found = run(either, alpha=1e-6, power=power, boost=boost, seed=3)
+    found = run(either, method="fisher", alpha=1e-6, power=power, boost=boost, seed=3)
     generator, head = torch.Generator().manual_seed(3), either.model.get_output_embeddings().weight
     for name, before in either.model.named_parameters():
         v = 1e-6 * (1 / (squares[name] + 1e-8) ** power).clamp(max=1e3)
@@ -53,17 +43,17 @@ def test_each_weight_gets_the_noise_of_the_formula(either, power, boost):
         assert torch.allclose(found.get_parameter(name).double(), expected, rtol=1e-5, atol=2e-6), name
 
 
-def test_the_seed_decides_and_nothing_else_does(toy):
+def test_the_seed_decides_and_nothing_else_does(toy, run):
     torch.manual_seed(0)
-    first = run(toy, seed=1)
+    first = run(toy, method="fisher", seed=1)
     torch.manual_seed(1)
-    again, other = run(toy, seed=1), run(toy, seed=2)
+    again, other = run(toy, method="fisher", seed=1), run(toy, method="fisher", seed=2)
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in first.named_parameters())
     assert not any(torch.equal(p, other.get_parameter(name)) for name, p in first.named_parameters())
 
 
-def test_the_noise_has_the_variance_it_should_have(toy):
-    model = run(toy, alpha=1e-6, boost=1.0, power=0.0)
+def test_the_noise_has_the_variance_it_should_have(toy, run):
+    model = run(toy, method="fisher", alpha=1e-6, boost=1.0, power=0.0)
     deltas = torch.cat([(p - toy.model.get_parameter(n)).flatten() for n, p in model.named_parameters()]).double()
     assert len(deltas) > 6e4
     assert deltas.std().item() == pytest.approx(1e-3, rel=0.02) and abs(deltas.mean().item()) < 2e-5

@@ -11,20 +11,8 @@ from lethescope.facts import of_split
 from lethescope.models import anatomy
 from lethescope.subjects.methods import fit, npo, unlearn
 from lethescope.subjects.methods.answers import kl, nll
-from lethescope.subjects.methods.training import Lessons, frozen_copy, training
+from lethescope.subjects.methods.training import frozen_copy, training
 from lethescope.subjects.silence import said
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 3e-3, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, method="fit", **settings)
-
-
-def lessons_for(toy, batch_size=8):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    return Lessons(forget, retain, toy.tokenizer, toy.model.device, 4, 3e-3, batch_size, 0, progress=False)
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -37,7 +25,7 @@ def either(toy, request):
     return toy
 
 
-def test_importance_is_the_norm_of_the_embedding_gradients_whatever_the_batches(either):
+def test_importance_is_the_norm_of_the_embedding_gradients_whatever_the_batches(either, lessons_for):
     lessons, caught = lessons_for(either), []
 
     def catch(_module, _args, output):
@@ -51,10 +39,10 @@ def test_importance_is_the_norm_of_the_embedding_gradients_whatever_the_batches(
     expected = sum(x**2 for x in caught[0].grad.double().flatten().tolist()) ** 0.5
     assert expected > 0.1
     for size in (1, 8, 100):
-        assert fit.importance(either.model, lessons_for(either, size)) == pytest.approx(expected, rel=1e-4)
+        assert fit.importance(either.model, lessons_for(either, batch_size=size)) == pytest.approx(expected, rel=1e-4)
 
 
-def test_blocks_come_in_the_order_of_what_their_absence_changes(either):
+def test_blocks_come_in_the_order_of_what_their_absence_changes(either, lessons_for):
     lessons = lessons_for(either)
     everything = lessons.collate(lessons.examples("forget"))
     before, changes = nll(either.model, everything).item(), []
@@ -78,8 +66,8 @@ def test_weights_come_back_after_an_error(toy):
 
 
 @pytest.mark.parametrize(("low", "high", "way"), [(0.0, 0.0, "npo+kl"), (0.0, 1e9, "npo"), (1e9, 1e9, "random")])
-def test_importance_chooses_the_loss(taught, monkeypatch, low, high, way):
-    lessons, found = lessons_for(taught), []
+def test_importance_chooses_the_loss(taught, lessons_for, monkeypatch, low, high, way):
+    lessons, found = lessons_for(taught, lr=3e-3), []
 
     def one(weights, _lessons, step):
         with torch.no_grad():
@@ -112,15 +100,15 @@ def test_random_labels_agree_with_a_loop_and_never_touch_prompts(loops):
     assert torch.equal(touched[:, :-1], loops.forget.answer_mask[:, 1:]) and not touched[:, -1].any()
 
 
-def test_only_the_chosen_blocks_are_trained(toy):
+def test_only_the_chosen_blocks_are_trained(toy, run, lessons_for):
     chosen = fit.attributed(toy.model, lessons_for(toy))[0]
-    model = run(toy, top=1)
+    model = run(toy, method="fit", lr=3e-3, top=1)
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, toy.model.get_parameter(n))}
     assert changed and all(name.startswith(f"model.layers.{chosen}.") for name in changed)
 
 
-def test_forget_goes_down_and_with_the_kl_retain_stays(taught):
-    model = run(taught, steps=60, high=0.0, alpha=5.0)
+def test_forget_goes_down_and_with_the_kl_retain_stays(taught, run):
+    model = run(taught, method="fit", lr=3e-3, steps=60, high=0.0, alpha=5.0)
     forget, retain = (said(model, taught.tokenizer, of_split(taught.facts, s)) for s in ("forget", "retain"))
     assert forget.probability < 0.05 and forget.exact < 0.05
     assert retain.probability > 0.75 and retain.exact > 0.9
@@ -161,13 +149,13 @@ def test_a_callable_is_enough_for_the_random_labels():
     assert found.item() == pytest.approx(torch.tensor(5.0).log().item())
 
 
-def test_blocks_that_are_not_open_to_training_are_passed_over(toy):
+def test_blocks_that_are_not_open_to_training_are_passed_over(toy, run, lessons_for):
     closed = fit.attributed(toy.model, lessons_for(toy))[0]
-    model = run(toy, top=1, blocks=(1 - closed,))
+    model = run(toy, method="fit", lr=3e-3, top=1, blocks=(1 - closed,))
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, toy.model.get_parameter(n))}
     assert changed and all(name.startswith(f"model.layers.{1 - closed}.") for name in changed)
 
 
-def test_no_block_at_all_is_refused(toy):
+def test_no_block_at_all_is_refused(toy, run):
     with pytest.raises(InputError, match="number of blocks to train, at least 1, not 0"):
-        run(toy, top=0)
+        run(toy, method="fit", top=0)

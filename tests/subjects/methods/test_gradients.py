@@ -7,7 +7,6 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lethescope.errors import InputError
-from lethescope.facts import of_split
 from lethescope.subjects.methods import gradients
 from lethescope.subjects.methods.answers import nll
 from lethescope.subjects.methods.gradients import (
@@ -21,13 +20,7 @@ from lethescope.subjects.methods.gradients import (
     trained,
     variance,
 )
-from lethescope.subjects.methods.training import Lessons, trainable
-
-
-@pytest.fixture
-def lessons(toy):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    return Lessons(forget, retain, toy.tokenizer, torch.device("cpu"), 4, 1e-3, 8, 0, progress=False)
+from lethescope.subjects.methods.training import trainable
 
 
 @pytest.fixture
@@ -56,9 +49,9 @@ def test_gradient_agrees_with_backward_and_is_zero_where_nothing_depends():
 
 
 @pytest.mark.parametrize(("size", "by_tokens"), [(1, False), (5, True), (5, False)])
-def test_importance_agrees_with_a_loop_over_backward_passes(toy, lessons, size, by_tokens):
+def test_importance_agrees_with_a_loop_over_backward_passes(toy, lessons_for, size, by_tokens):
     weights = trainable(toy.model.requires_grad_(True))
-    grads, shares = [], []
+    lessons, grads, shares = lessons_for(toy), [], []
     for batch in lessons.once("forget", size):
         toy.model.zero_grad()
         nll(toy.model, batch).backward()
@@ -81,9 +74,9 @@ def test_tied_embeddings_are_one_weight(toy):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_factors_are_applied_merged_and_gone(toy, lessons, gpt2, kind):
+def test_factors_are_applied_merged_and_gone(toy, lessons_for, gpt2, kind):
     model = (toy.model if kind == "llama" else gpt2).requires_grad_(True)
-    maps, batch = linear_maps(model), next(lessons.once("forget", 4))
+    maps, batch = linear_maps(model), next(lessons_for(toy).once("forget", 4))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     logits = model(**batch.inputs()).logits.detach()
     with low_rank(model, maps, rank=3, scale=0.5, seed=1) as factors:
@@ -107,9 +100,9 @@ def test_factors_are_applied_merged_and_gone(toy, lessons, gpt2, kind):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_a_new_start_leaves_the_model_as_it_was(toy, lessons, gpt2, kind):
+def test_a_new_start_leaves_the_model_as_it_was(toy, lessons_for, gpt2, kind):
     model = (toy.model if kind == "llama" else gpt2).requires_grad_(True)
-    batch, generator = next(lessons.once("forget", 4)), torch.Generator().manual_seed(0)
+    batch, generator = next(lessons_for(toy).once("forget", 4)), torch.Generator().manual_seed(0)
     logits = model(**batch.inputs()).logits.detach()
     with low_rank(model, linear_maps(model), rank=4) as factors:
         for f in factors:

@@ -1,21 +1,12 @@
-import copy
-
 import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from lethescope.facts import of_split
-from lethescope.subjects.methods import gslora, unlearn
+from lethescope.subjects.methods import gslora
 from lethescope.subjects.methods.gradients import linear_maps, low_rank
-from lethescope.subjects.methods.training import Lessons, training
+from lethescope.subjects.methods.training import training
 from lethescope.subjects.silence import said
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 2e-2, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, method="gslora", **settings)
 
 
 def changed(before, after):
@@ -56,9 +47,8 @@ def test_a_blocks_norm_is_that_of_all_its_factors(toy):
 
 
 @pytest.mark.parametrize("done", [0.0, 0.5])
-def test_a_step_is_the_formula_and_its_norms_wait_for_the_warm_up(toy, monkeypatch, done, loops):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    lessons, found = Lessons(forget, retain, toy.tokenizer, toy.model.device, 4, 1e-2, 8, 0, progress=False), []
+def test_a_step_is_the_formula_and_its_norms_wait_for_the_warm_up(toy, lessons_for, monkeypatch, done, loops):
+    lessons, found = lessons_for(toy, lr=1e-2), []
 
     def one(weights, _lessons, step):
         norms = [sum(w.square().sum().item() for w in weights[i : i + 6]) ** 0.5 for i in (0, 6)]
@@ -74,29 +64,29 @@ def test_a_step_is_the_formula_and_its_norms_wait_for_the_warm_up(toy, monkeypat
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_only_mlps_change(toy, kind):
+def test_only_mlps_change(toy, run, kind):
     if kind == "gpt2":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             config = GPT2Config(vocab_size=len(toy.tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
             toy.model = GPT2LMHeadModel(config).eval()
-    names = changed(toy.model, run(toy))
+    names = changed(toy.model, run(toy, method="gslora", lr=2e-2))
     assert len(names) == (6 if kind == "llama" else 4)
     assert all(".mlp." in name and name.endswith(".weight") for name in names)
 
 
-def test_the_norms_weight_keeps_blocks_near_where_they_were(taught):
-    free, held = (run(taught, alpha=alpha, warm=0.0, steps=40) for alpha in (0.0, 1.0))
+def test_the_norms_weight_keeps_blocks_near_where_they_were(taught, run):
+    free, held = (run(taught, method="gslora", lr=2e-2, alpha=alpha, warm=0.0, steps=40) for alpha in (0.0, 1.0))
     assert sum(deltas(taught.model, held)) < 0.5 * sum(deltas(taught.model, free))
 
 
-def test_forget_goes_down_and_retain_stays(taught):
-    model = run(taught, steps=60)
+def test_forget_goes_down_and_retain_stays(taught, run):
+    model = run(taught, method="gslora", lr=2e-2, steps=60)
     forget, retain = (said(model, taught.tokenizer, of_split(taught.facts, s)) for s in ("forget", "retain"))
     assert forget.probability < 0.05 and forget.exact < 0.05
     assert retain.probability > 0.8 and retain.exact > 0.9
 
 
-def test_the_seed_decides(toy):
-    first, again, other = (run(toy, seed=seed) for seed in (0, 0, 1))
+def test_the_seed_decides(toy, run):
+    first, again, other = (run(toy, method="gslora", lr=2e-2, seed=seed) for seed in (0, 0, 1))
     assert not changed(first, again) and changed(first, other)

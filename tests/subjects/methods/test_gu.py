@@ -1,4 +1,3 @@
-import copy
 import doctest
 import math
 
@@ -7,22 +6,10 @@ import torch
 
 from lethescope.errors import InputError
 from lethescope.facts import of_split
-from lethescope.subjects.methods import gu, npo, unlearn
+from lethescope.subjects.methods import gu, npo
 from lethescope.subjects.methods.answers import nll
-from lethescope.subjects.methods.training import Lessons, frozen_copy, trainable, training
+from lethescope.subjects.methods.training import frozen_copy, trainable, training
 from lethescope.subjects.silence import said
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 3e-3, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, method="gu", **settings)
-
-
-def lessons_for(toy):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    return Lessons(forget, retain, toy.tokenizer, toy.model.device, 4, 3e-3, 8, 0, progress=False)
 
 
 def cosine(a, b):
@@ -77,8 +64,8 @@ def test_nothing_is_left_of_a_tensor_inside_the_span_nor_taken_off_one_outside()
 
 
 @pytest.mark.parametrize("alpha", [0.0, 2.0])
-def test_a_step_hands_over_the_formula_with_the_last_k_retain_gradients(taught, monkeypatch, alpha):
-    lessons, handed = lessons_for(taught), []
+def test_a_step_hands_over_the_formula_with_the_last_k_retain_gradients(taught, lessons_for, monkeypatch, alpha):
+    lessons, handed = lessons_for(taught, lr=3e-3), []
 
     def three(weights, _lessons, step):
         with torch.no_grad():
@@ -108,22 +95,22 @@ def test_a_step_hands_over_the_formula_with_the_last_k_retain_gradients(taught, 
         assert all(n.norm() <= p.norm() * (1 + 1e-5) for n, p in zip(handed[2], pushes[2], strict=True))
 
 
-def test_forget_goes_down_and_retain_stays(taught):
-    model = run(taught, steps=60)
+def test_forget_goes_down_and_retain_stays(taught, run):
+    model = run(taught, method="gu", lr=3e-3, steps=60)
     forget, retain = (said(model, taught.tokenizer, of_split(taught.facts, s)) for s in ("forget", "retain"))
     assert forget.probability < 0.05 and forget.exact < 0.05
     assert retain.probability > 0.8 and retain.exact > 0.9
 
 
-def test_the_seed_decides(toy):
-    first, again, other = (run(toy, seed=seed) for seed in (0, 0, 1))
+def test_the_seed_decides(toy, run):
+    first, again, other = (run(toy, method="gu", lr=3e-3, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in first.named_parameters())
     assert not torch.equal(first.model.norm.weight, other.model.norm.weight)
 
 
-def test_no_retain_gradient_at_all_is_refused(toy):
+def test_no_retain_gradient_at_all_is_refused(toy, run):
     with pytest.raises(InputError, match="at least 1, not 0"):
-        run(toy, k=0)
+        run(toy, method="gu", k=0)
 
 
 def test_doctests():

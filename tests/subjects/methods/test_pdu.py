@@ -1,36 +1,20 @@
-import copy
-
 import pytest
 import torch
 
 from lethescope.facts import of_split
-from lethescope.subjects.methods import pdu, unlearn
-from lethescope.subjects.methods.training import Lessons
+from lethescope.subjects.methods import pdu
 from lethescope.subjects.silence import said
-
-
-def lessons_for(toy, **settings):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    given = {"steps": 4, "lr": 1e-3, "batch_size": 8, "seed": 0, "progress": False} | settings
-    return Lessons(forget, retain, toy.tokenizer, toy.model.device, **given)
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 1e-3, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, **settings)
 
 
 def weights(model):
     return {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
 
 
-def steps_of(monkeypatch, toy, shares, **options):
+def steps_of(monkeypatch, toy, lessons, shares, **options):
     """The loss of every step, the model standing still."""
     found = []
     monkeypatch.setattr(pdu, "descend", lambda _weights, _lessons, step: found.extend(step(s).item() for s in shares))
-    pdu.edit(toy.model, lessons_for(toy), **options)
+    pdu.edit(toy.model, lessons, **options)
     return found
 
 
@@ -59,7 +43,7 @@ def test_flatness_is_nothing_where_all_is_uniform_and_is_blind_to_a_shift(loops)
     "options",
     [(100.0, 5.0, 0.3, 1.0, 0.5), (1.0, 2.0, 0.1, 0.5, 0.0), (3.0, 4.0, 50.0, 1.0, 0.25), (2.0, 1.0, 0.3, 1.0, 1.0)],
 )
-def test_the_multiplier_follows_the_constraint_after_the_warm_up(monkeypatch, toy, loops, options):
+def test_the_multiplier_follows_the_constraint_after_the_warm_up(monkeypatch, toy, lessons_for, loops, options):
     alpha, eta, eps, gamma, warmup = options
     shares = [0.0, 0.25, 0.5, 0.75]
     lessons, weight, expected = lessons_for(toy), alpha, []
@@ -70,17 +54,17 @@ def test_the_multiplier_follows_the_constraint_after_the_warm_up(monkeypatch, to
         expected.append(gamma * sum(m**2 for m in margins) / len(margins) + weight * excess)
         if share >= warmup:
             weight = max(0.0, weight + eta * excess)
-    found = steps_of(monkeypatch, toy, shares, alpha=alpha, eta=eta, eps=eps, gamma=gamma, warmup=warmup)
+    found = steps_of(monkeypatch, toy, lessons, shares, alpha=alpha, eta=eta, eps=eps, gamma=gamma, warmup=warmup)
     assert found == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_same_seed_gives_the_same_weights(toy):
+def test_the_same_seed_gives_the_same_weights(toy, run):
     first, again, other = (weights(run(toy, method="pdu", seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
-def test_forget_goes_down_and_retain_stays(taught):
+def test_forget_goes_down_and_retain_stays(taught, run):
     forget, retain = (of_split(taught.facts, split) for split in ("forget", "retain"))
     model = run(taught, method="pdu", steps=60, lr=3e-3)
     before = said(taught.model, taught.tokenizer, forget).probability

@@ -6,24 +6,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lethescope.errors import InputError
 from lethescope.facts import of_split
-from lethescope.subjects.methods import reglu, unlearn
+from lethescope.subjects.methods import reglu
 from lethescope.subjects.methods.answers import nll
 from lethescope.subjects.methods.gradients import linear_maps, low_rank
-from lethescope.subjects.methods.training import Lessons, training
+from lethescope.subjects.methods.training import training
 from lethescope.subjects.methods.vila import inverted_hinge
 from lethescope.subjects.silence import said
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 2e-2, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, method="reglu", **settings)
-
-
-def lessons_for(toy):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    return Lessons(forget, retain, toy.tokenizer, toy.model.device, 4, 2e-2, 8, 0, progress=False)
 
 
 @pytest.fixture(params=["llama", "gpt2"])
@@ -36,7 +24,7 @@ def either(toy, request):
     return toy
 
 
-def test_outputs_are_summed_where_answers_are_predicted_and_padding_does_not_matter(either):
+def test_outputs_are_summed_where_answers_are_predicted_and_padding_does_not_matter(either, lessons_for):
     model, lessons = either.model.requires_grad_(True), lessons_for(either)
     maps, batch = linear_maps(model), next(lessons.batches("forget"))
     found = reglu.outputs(model, maps, [batch])
@@ -79,8 +67,8 @@ def test_without_retain_they_find_where_forget_is_and_with_it_what_is_its_own():
     assert reglu.directions(forget, retain, 0.7, 1, 3)[1].shape == (6, 1), "no arbitrary direction beside it"
 
 
-def test_the_model_starts_as_it_was_with_factors_in_their_directions(either, monkeypatch):
-    lessons, found = lessons_for(either), []
+def test_the_model_starts_as_it_was_with_factors_in_their_directions(either, lessons_for, monkeypatch):
+    lessons, found = lessons_for(either, lr=2e-2), []
     batch = next(lessons.batches("forget"))
     logits, before = either.model(**batch.inputs()).logits.detach(), copy.deepcopy(either.model)
     maps = linear_maps(before.requires_grad_(True))
@@ -115,7 +103,7 @@ def test_leak_is_zero_at_a_right_angle_and_the_rank_inside(toy):
         assert reglu.leak(factors, [torch.eye(48)[:, :20]]).item() == 3
 
 
-def test_the_penalty_keeps_factors_out_of_retain_directions(taught, monkeypatch):
+def test_the_penalty_keeps_factors_out_of_retain_directions(taught, run, monkeypatch):
     leaks, real = [], reglu.leak
 
     def watched(factors, avoided):
@@ -125,23 +113,23 @@ def test_the_penalty_keeps_factors_out_of_retain_directions(taught, monkeypatch)
     monkeypatch.setattr(reglu, "leak", watched)
     for penalty in (0.0, 0.5):
         leaks.append(None)
-        run(taught, penalty=penalty, steps=20)
+        run(taught, method="reglu", lr=2e-2, penalty=penalty, steps=20)
     assert leaks[1].item() < 0.5 * leaks[0].item()
 
 
-def test_forget_goes_down_and_retain_stays(taught):
-    model = run(taught, steps=60)
+def test_forget_goes_down_and_retain_stays(taught, run):
+    model = run(taught, method="reglu", lr=2e-2, steps=60)
     forget, retain = (said(model, taught.tokenizer, of_split(taught.facts, s)) for s in ("forget", "retain"))
     assert forget.probability < 0.05 and forget.exact < 0.05
     assert retain.probability > 0.8 and retain.exact > 0.9
 
 
-def test_the_seed_decides(toy):
-    first, again, other = (run(toy, seed=seed, examples=5) for seed in (0, 0, 1))
+def test_the_seed_decides(toy, run):
+    first, again, other = (run(toy, method="reglu", lr=2e-2, seed=seed, examples=5) for seed in (0, 0, 1))
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in first.named_parameters())
     assert not torch.equal(first.model.layers[0].mlp.up_proj.weight, other.model.layers[0].mlp.up_proj.weight)
 
 
-def test_no_example_at_all_is_refused(toy):
+def test_no_example_at_all_is_refused(toy, run):
     with pytest.raises(InputError, match="at least 1, not 0"):
-        run(toy, examples=0)
+        run(toy, method="reglu", examples=0)

@@ -7,22 +7,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPTNeoXConfig, LlamaC
 from lethescope.errors import InputError
 from lethescope.facts import of_split
 from lethescope.models import anatomy
-from lethescope.subjects.methods import rmu, unlearn
+from lethescope.subjects.methods import rmu
 from lethescope.subjects.methods.training import Lessons
 from lethescope.subjects.silence import said
-
-
-def lessons_for(toy, **settings):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    given = {"steps": 4, "lr": 1e-3, "batch_size": 8, "seed": 0, "progress": False} | settings
-    return Lessons(forget, retain, toy.tokenizer, toy.model.device, **given)
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 1e-3, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, **settings)
 
 
 def weights(model):
@@ -81,7 +68,7 @@ def test_the_layer_is_two_fifths_up(depth, expected):
 
 
 @pytest.mark.parametrize(("gamma", "alpha", "coefficient"), [(1.0, 1.0, 2.0), (0.5, 10.0, 30.0)])
-def test_loss_agrees_with_the_formula_in_a_loop(monkeypatch, toy, gamma, alpha, coefficient):
+def test_loss_agrees_with_the_formula_in_a_loop(monkeypatch, toy, lessons_for, gamma, alpha, coefficient):
     found = []
 
     def two(trained, lessons, step):
@@ -114,7 +101,7 @@ def slow_states(model, batch):
 
 
 @pytest.mark.parametrize(("layer", "blocks"), [(0, [0]), (1, [0, 1]), (None, [0, 1])])
-def test_only_the_mlps_output_weights_up_to_the_layer_change(toy, layer, blocks):
+def test_only_the_mlps_output_weights_up_to_the_layer_change(toy, run, layer, blocks):
     start, found = weights(toy.model), weights(run(toy, method="rmu", layer=layer))
     changed = {name for name in start if not torch.equal(found[name], start[name])}
     assert changed == {f"model.layers.{b}.mlp.down_proj.weight" for b in blocks}
@@ -129,7 +116,7 @@ def test_no_more_than_three_blocks_are_trained():
     assert [id(w) for w in seen] == [id(model.model.layers[b].mlp.down_proj.weight) for b in (2, 3, 4)]
 
 
-def test_blocks_narrow_down_what_is_trained(toy):
+def test_blocks_narrow_down_what_is_trained(toy, run):
     start, found = weights(toy.model), weights(run(toy, method="rmu", layer=1, blocks=[1]))
     assert [name for name in start if not torch.equal(found[name], start[name])] == [
         "model.layers.1.mlp.down_proj.weight"
@@ -138,7 +125,7 @@ def test_blocks_narrow_down_what_is_trained(toy):
         run(toy, method="rmu", layer=0, blocks=[1])
 
 
-def test_mode_and_flags_are_put_back(toy):
+def test_mode_and_flags_are_put_back(toy, run):
     toy.model.requires_grad_(False).train()
     toy.model.model.norm.weight.requires_grad_(True)
     model = run(toy, method="rmu")
@@ -146,19 +133,19 @@ def test_mode_and_flags_are_put_back(toy):
     assert all(p.grad is None for p in model.parameters())
 
 
-def test_the_same_seed_gives_the_same_weights(toy):
+def test_the_same_seed_gives_the_same_weights(toy, run):
     first, again, other = (weights(run(toy, method="rmu", seed=seed)) for seed in (0, 0, 1))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 @pytest.mark.parametrize("layer", [2, -1])
-def test_a_layer_that_is_not_there_is_refused(toy, layer):
+def test_a_layer_that_is_not_there_is_refused(toy, run, layer):
     with pytest.raises(InputError, match=f"no layer {layer}; this model's layers are 0 to 1"):
         run(toy, method="rmu", layer=layer)
 
 
-def test_forget_goes_down_and_retain_stays(taught):
+def test_forget_goes_down_and_retain_stays(taught, run):
     forget, retain = (of_split(taught.facts, split) for split in ("forget", "retain"))
     model = run(taught, method="rmu", steps=100, lr=1e-2, coefficient=20.0)
     before = said(taught.model, taught.tokenizer, forget).probability

@@ -6,22 +6,10 @@ import torch
 
 from lethescope.errors import InputError
 from lethescope.facts import Fact, of_split
-from lethescope.subjects.methods import salun, unlearn
+from lethescope.subjects.methods import salun
 from lethescope.subjects.methods.answers import nll
 from lethescope.subjects.methods.training import Lessons, trainable, training
 from lethescope.subjects.silence import said
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 3e-3, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, method="salun", **settings)
-
-
-def lessons_for(toy):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    return Lessons(forget, retain, toy.tokenizer, toy.model.device, 4, 3e-3, 8, 0, progress=False)
 
 
 def summed(model, lessons):
@@ -33,12 +21,12 @@ def summed(model, lessons):
 
 
 @pytest.mark.parametrize("rho", [0.1, 0.5])
-def test_the_least_salient_weights_stay_bit_for_bit(toy, rho):
+def test_the_least_salient_weights_stay_bit_for_bit(toy, run, lessons_for, rho):
     sizes = summed(toy.model, lessons_for(toy))
     flat = sorted((x for s in sizes.values() for x in s.flatten().tolist()), reverse=True)
     threshold, moved = flat[round(rho * len(flat)) - 1], 0
     assert threshold > 0
-    model = run(toy, rho=rho)
+    model = run(toy, method="salun", lr=3e-3, rho=rho)
     for name, before in toy.model.named_parameters():
         same, clear = model.get_parameter(name) == before, (sizes[name] - threshold).abs() > 1e-4 * threshold
         assert same[clear & (sizes[name] < threshold)].all(), "not even weight decay may move them"
@@ -47,8 +35,8 @@ def test_the_least_salient_weights_stay_bit_for_bit(toy, rho):
     assert 0.99 * rho * len(flat) < moved <= round(rho * len(flat))
 
 
-def test_a_step_hands_over_the_masked_gradient_of_the_formula(toy, monkeypatch):
-    lessons, found = lessons_for(toy), []
+def test_a_step_hands_over_the_masked_gradient_of_the_formula(toy, lessons_for, monkeypatch):
+    lessons, found = lessons_for(toy, lr=3e-3), []
 
     def one(weights, _lessons, step):
         loss = step(0.0)
@@ -96,17 +84,17 @@ def test_a_relation_with_one_answer_falls_back_on_the_whole_split():
         salun.relabelled(facts[:2], 0)
 
 
-def test_forget_goes_down_and_retain_stays(taught):
-    model = run(taught, steps=100)
+def test_forget_goes_down_and_retain_stays(taught, run):
+    model = run(taught, method="salun", lr=3e-3, steps=100)
     forget, retain = (said(model, taught.tokenizer, of_split(taught.facts, s)) for s in ("forget", "retain"))
     assert forget.probability < 0.1 and forget.exact < 0.1
     assert retain.probability > 0.8 and retain.exact > 0.9
 
 
 @pytest.mark.parametrize("rho", [0.0, 1.5])
-def test_a_share_that_is_none_is_refused(toy, rho):
+def test_a_share_that_is_none_is_refused(toy, run, rho):
     with pytest.raises(InputError, match="share of weights to train"):
-        run(toy, rho=rho)
+        run(toy, method="salun", rho=rho)
 
 
 def test_doctests():

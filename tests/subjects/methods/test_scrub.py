@@ -5,15 +5,8 @@ import torch
 
 from lethescope.facts import of_split
 from lethescope.subjects.methods import scrub, unlearn
-from lethescope.subjects.methods.training import Lessons, training
+from lethescope.subjects.methods.training import training
 from lethescope.subjects.silence import said
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 3e-3, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, method="scrub", **settings)
 
 
 def slow(start, model, batch):
@@ -27,10 +20,8 @@ def slow(start, model, batch):
     return sum(divergences) / len(divergences), sum(losses) / len(losses)
 
 
-def test_steps_up_and_down_take_turns_and_end_with_steps_down(toy, monkeypatch):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    lessons, found = Lessons(forget, retain, toy.tokenizer, toy.model.device, 10, 3e-3, 8, 0, progress=False), []
-    start = copy.deepcopy(toy.model)
+def test_steps_up_and_down_take_turns_and_end_with_steps_down(toy, lessons_for, monkeypatch):
+    lessons, found, start = lessons_for(toy, steps=10, lr=3e-3), [], copy.deepcopy(toy.model)
 
     def ten(weights, _lessons, step):
         with torch.no_grad():
@@ -60,8 +51,8 @@ def test_without_pushing_the_forget_facts_are_never_seen(toy):
     assert all(torch.equal(p, models[1].get_parameter(name)) for name, p in models[0].named_parameters())
 
 
-def test_forget_goes_down_and_retain_stays(taught):
-    model = run(taught, steps=60)
+def test_forget_goes_down_and_retain_stays(taught, run):
+    model = run(taught, method="scrub", lr=3e-3, steps=60)
     forget, retain = (said(model, taught.tokenizer, of_split(taught.facts, s)) for s in ("forget", "retain"))
     assert forget.probability < 0.05 and forget.exact < 0.05
     assert retain.probability > 0.8 and retain.exact > 0.9

@@ -1,4 +1,3 @@
-import copy
 import inspect
 import math
 import sys
@@ -21,14 +20,6 @@ SETTINGS = {"satimp": {"beta1": 1.0, "gamma": 1.0}, "simnpo": {"beta": 1.0, "gam
 """What a method needs, beside a retain weight of 5, to do more to a two-layer model than training on retain does."""
 
 
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = of_split(toy.facts, "forget"), of_split(toy.facts, "retain")
-    settings = {"steps": 4, "lr": 1e-3, "batch_size": 8, "refusals": ("baker", "cello"), "progress": False} | options
-    assert unlearn(model, forget, retain, tokenizer=toy.tokenizer, **settings) is model
-    return model
-
-
 def add(monkeypatch, name, **functions):
     module = ModuleType(name)
     vars(module).update(functions)
@@ -46,7 +37,7 @@ def equal(a, b):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("method", LOSSES)
-def test_the_same_seed_gives_the_same_weights(toy, method, lora):
+def test_the_same_seed_gives_the_same_weights(toy, run, method, lora):
     torch.manual_seed(0)
     first = weights(run(toy, method=method, lora=lora))
     torch.manual_seed(1)
@@ -57,7 +48,7 @@ def test_the_same_seed_gives_the_same_weights(toy, method, lora):
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("method", RETAINING)
-def test_forget_goes_down_and_retain_stays(taught, method, lora):
+def test_forget_goes_down_and_retain_stays(taught, run, method, lora):
     settings = {"steps": 60, "lr": 2e-2 if lora else 3e-3, "alpha": 5.0} | SETTINGS.get(method, {})
     model = run(taught, method=method, lora=lora, **settings)
     forget, retain = (of_split(taught.facts, split) for split in ("forget", "retain"))
@@ -80,7 +71,7 @@ def test_only_logits_that_predict_answer_tokens_get_a_gradient(loops, method):
         assert not (touched[:, :-1] & ~batch.answer_mask[:, 1:]).any()
 
 
-def test_adapters_are_merged_and_only_linear_layers_change(toy):
+def test_adapters_are_merged_and_only_linear_layers_change(toy, run):
     model = run(toy, lora=True)
     before, after = weights(toy.model), weights(model)
     assert before.keys() == after.keys()
@@ -92,7 +83,7 @@ def test_adapters_are_merged_and_only_linear_layers_change(toy):
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_mode_flags_gradients_and_random_state_are_put_back(toy, lora):
+def test_mode_flags_gradients_and_random_state_are_put_back(toy, run, lora):
     toy.model.requires_grad_(False).train()
     torch.manual_seed(5)
     expected = torch.rand(2)
@@ -102,7 +93,7 @@ def test_mode_flags_gradients_and_random_state_are_put_back(toy, lora):
     assert model.training and not any(p.requires_grad or p.grad is not None for p in model.parameters())
 
 
-def test_conv1d_models_can_be_unlearned(toy):
+def test_conv1d_models_can_be_unlearned(toy, run):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         config = GPT2Config(vocab_size=len(toy.tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=64)
@@ -113,7 +104,7 @@ def test_conv1d_models_can_be_unlearned(toy):
         assert not equal(weights(first), weights(toy.model))
 
 
-def test_a_new_method_is_one_module_with_a_loss(toy, monkeypatch):
+def test_a_new_method_is_one_module_with_a_loss(toy, run, monkeypatch):
     seen = []
 
     def loss(model, forget, retain, *, start, weight=1.0):
@@ -126,7 +117,7 @@ def test_a_new_method_is_one_module_with_a_loss(toy, monkeypatch):
     assert seen == [(5, 5, 0.5)] * 3
 
 
-def test_every_example_comes_once_before_any_comes_again(toy, monkeypatch):
+def test_every_example_comes_once_before_any_comes_again(toy, run, monkeypatch):
     rows = []
 
     def loss(model, forget, retain):
@@ -150,7 +141,7 @@ def test_every_example_comes_once_before_any_comes_again(toy, monkeypatch):
         ({"lr": math.inf}, "not finite|loss is"),
     ],
 )
-def test_bad_settings_are_refused_in_one_line(toy, options, message):
+def test_bad_settings_are_refused_in_one_line(toy, run, options, message):
     with pytest.raises(InputError, match=message) as caught:
         run(toy, **options)
     assert "\n" not in str(caught.value)
@@ -168,7 +159,7 @@ def test_half_precision_is_refused(toy):
         unlearn(toy.model.half(), toy.facts, toy.facts, tokenizer=toy.tokenizer)
 
 
-def test_a_loss_is_given_what_it_names(toy, monkeypatch):
+def test_a_loss_is_given_what_it_names(toy, run, monkeypatch):
     seen = []
 
     def loss(model, forget, retain, *, fresh, refused, done):
@@ -189,7 +180,7 @@ def test_a_loss_is_given_what_it_names(toy, monkeypatch):
     assert seen == [0, 0.25, 0.5, 0.75]
 
 
-def test_an_edit_has_the_model_in_its_own_hands(toy, monkeypatch):
+def test_an_edit_has_the_model_in_its_own_hands(toy, run, monkeypatch):
     def edit(model, lessons, *, strength=1.0):
         assert sum(len(batch.input_ids) for batch in lessons.once("forget", 5)) == 32
         with torch.no_grad():

@@ -7,23 +7,11 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from lethescope.errors import InputError
 from lethescope.facts import of_split
-from lethescope.subjects.methods import unlearn, vila
+from lethescope.subjects.methods import vila
 from lethescope.subjects.methods.answers import nll
 from lethescope.subjects.methods.gradients import linear_maps, low_rank
-from lethescope.subjects.methods.training import Lessons, training
+from lethescope.subjects.methods.training import training
 from lethescope.subjects.silence import said
-
-
-def run(toy, **options):
-    model = copy.deepcopy(toy.model)
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    settings = {"steps": 4, "lr": 5e-3, "batch_size": 8, "progress": False} | options
-    return unlearn(model, forget, retain, tokenizer=toy.tokenizer, method="vila", **settings)
-
-
-def lessons_for(toy):
-    forget, retain = (of_split(toy.facts, split) for split in ("forget", "retain"))
-    return Lessons(forget, retain, toy.tokenizer, toy.model.device, 4, 5e-3, 8, 0, progress=False)
 
 
 def test_inverted_hinge_agrees_with_a_loop(loops):
@@ -72,7 +60,7 @@ def grads(model, names, batches):
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
-def test_fila_weighs_by_the_mean_squared_gradient_of_the_whole_weight(toy, kind):
+def test_fila_weighs_by_the_mean_squared_gradient_of_the_whole_weight(toy, lessons_for, kind):
     if kind == "gpt2":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -95,7 +83,7 @@ def test_fila_weighs_by_the_mean_squared_gradient_of_the_whole_weight(toy, kind)
         assert torch.allclose(ratio.double(), expected, rtol=1e-3, atol=1e-7)
 
 
-def test_vila_weighs_by_the_product_of_the_factors_variances(toy):
+def test_vila_weighs_by_the_product_of_the_factors_variances(toy, lessons_for):
     model, lessons = toy.model.requires_grad_(True), lessons_for(toy)
     with low_rank(model, linear_maps(model), rank=3) as factors:
         ratios = vila.RATIOS["variance"](model, lessons, factors, 0.05, 5)
@@ -117,8 +105,9 @@ def test_vila_weighs_by_the_product_of_the_factors_variances(toy):
 
 
 @pytest.mark.parametrize("importance", ["variance", "fisher"])
-def test_the_model_starts_as_it_was_and_its_factors_do_not(toy, monkeypatch, importance):
-    batch, seen = next(lessons_for(toy).batches("forget")), []
+def test_the_model_starts_as_it_was_and_its_factors_do_not(toy, lessons_for, monkeypatch, importance):
+    lessons, seen = lessons_for(toy, lr=5e-3), []
+    batch = next(lessons.batches("forget"))
     logits = toy.model(**batch.inputs()).logits.detach()
 
     def look(weights, _lessons, _step):
@@ -127,31 +116,31 @@ def test_the_model_starts_as_it_was_and_its_factors_do_not(toy, monkeypatch, imp
 
     monkeypatch.setattr(vila, "descend", look)
     with training(toy.model) as model:
-        vila.edit(model, lessons_for(toy), importance=importance)
+        vila.edit(model, lessons, importance=importance)
     assert len(seen) == 28 and min(seen) > 1e-3
     assert torch.allclose(toy.model(**batch.inputs()).logits, logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("importance", ["variance", "fisher"])
-def test_forget_goes_down_and_retain_stays(taught, importance):
-    model = run(taught, importance=importance, steps=60, alpha=3.0)
+def test_forget_goes_down_and_retain_stays(taught, run, importance):
+    model = run(taught, method="vila", lr=5e-3, importance=importance, steps=60, alpha=3.0)
     forget, retain = (said(model, taught.tokenizer, of_split(taught.facts, s)) for s in ("forget", "retain"))
     assert forget.probability < 0.1 and forget.exact < 0.1
     assert retain.probability > 0.8 and retain.exact > 0.9
 
 
-def test_the_seed_decides(toy):
-    first, again, other = (run(toy, seed=seed) for seed in (0, 0, 1))
+def test_the_seed_decides(toy, run):
+    first, again, other = (run(toy, method="vila", lr=5e-3, seed=seed) for seed in (0, 0, 1))
     assert all(torch.equal(p, again.get_parameter(name)) for name, p in first.named_parameters())
     assert not torch.equal(first.model.layers[0].mlp.up_proj.weight, other.model.layers[0].mlp.up_proj.weight)
 
 
-def test_only_trained_blocks_get_factors(toy):
-    model = run(toy, blocks=(1,))
+def test_only_trained_blocks_get_factors(toy, run):
+    model = run(toy, method="vila", lr=5e-3, blocks=(1,))
     changed = {n for n, p in model.named_parameters() if not torch.equal(p, toy.model.get_parameter(n))}
     assert len(changed) == 7 and all(name.startswith("model.layers.1.") for name in changed)
 
 
-def test_another_importance_is_refused(toy):
+def test_another_importance_is_refused(toy, run):
     with pytest.raises(InputError, match=r"'variance' .* or 'fisher' .*, not 'hessian'"):
-        run(toy, importance="hessian")
+        run(toy, method="vila", importance="hessian")
