@@ -117,8 +117,9 @@ class _Table:
     @classmethod
     def of(cls, measured: Mapping[str, xr.Dataset], role: str) -> "_Table | None":
         base = measured["original"]
-        values = {name: value(ds).transpose("fact", "place") for name, ds in measured.items()}
-        forget = {name: v.where(v["split"] == "forget", drop=True) for name, v in values.items()}
+        asked = [name for name in measured if name in {"original", role} or name.startswith("reference")]
+        values = {name: value(measured[name]).transpose("fact", "place") for name in asked}
+        forget = {name: _of_split(v, "forget") for name, v in values.items()}
         references = [forget[name] for name in forget if name.startswith("reference") and name != role]
         shared = [p for p in forget["original"]["place"].values if all(p in v["place"].values for v in [forget[role]])]
         kept = forget["original"].sel(place=shared).notnull().any("place")
@@ -131,7 +132,7 @@ class _Table:
             return np.asarray(v.reindex(fact=facts, place=shared).values, dtype=np.float64)
 
         own = value(base, "null_score").transpose("fact", "place") if "null_score" in base else None
-        control = {name: v.where(v["split"] == "control", drop=True) for name, v in values.items()}
+        control = {name: _of_split(v, "control") for name, v in values.items()}
         stand_in = {role: role if control[role].sizes["fact"] else "original", "original": "original"}
         return cls(
             facts,
@@ -226,6 +227,10 @@ class _Table:
                 pd.DataFrame({"fact": self.facts, "role": name, "value": seen, "null": seen - gain, "residue": share})
             )
         return pd.concat(parts, ignore_index=True)
+
+
+def _of_split(values: xr.DataArray, split: str) -> xr.DataArray:
+    return values.isel(fact=np.flatnonzero(values["split"].values == split))
 
 
 def _untestable(measured: Mapping[str, xr.Dataset], role: str) -> Residue:

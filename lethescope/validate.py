@@ -203,8 +203,9 @@ def _examine(member: Member, *, cache: str, budget: str) -> tuple[list[Row], lis
     )
     values: list[Row] = []
     verdicts: list[Row] = []
-    for reference, result in ((True, held), (False, held.without_references())):
-        here = {**names, "reference": reference}
+    kinds = {True: held} if member.pool == "stressed" else {True: held, False: held.without_references()}
+    for with_reference, result in kinds.items():
+        here = {**names, "reference": with_reference}
         values += [{**here, "metric": name, "value": value} for name, value in residues(result.summary).items()]
         verdicts.append({**here, "retain": member.said["retain"], **_verdict(result)})
     more = _more_outputs(model, reference, held.facts, Path(cache))
