@@ -84,8 +84,9 @@ def validate(
     _save_figures(drawn, out)
     runs.write_text(out / "validation.json", as_json(told))
     if page is not None:
+        chosen = f" --pools {','.join(pools)}" if set(pools) < set(POOLS) else ""
         command = f"lethescope zoo build --size {home.size} --out ZOO && lethescope validate --zoo ZOO --out DIR"
-        _write_page(Path(page), told, drawn, command)
+        _write_page(Path(page), told, drawn, command + chosen)
     return told
 
 

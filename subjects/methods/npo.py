@@ -34,7 +34,7 @@ def loss(
         retain: a batch of retain facts.
         start: a frozen copy of the model from before the first step.
         beta: how soon the push fades; towards 0 it becomes gradient ascent.
-        alpha: weight of the retain term.
+        alpha: weight of the retain term; at 0 the retain batch is not read.
 
     Returns:
         The loss, a scalar in nats.
@@ -42,4 +42,5 @@ def loss(
     with torch.no_grad():
         before = summed_log_prob(start, forget)
     ratio = summed_log_prob(model, forget) - before
-    return -2 / beta * logsigmoid(-beta * ratio).mean() + alpha * nll(model, retain)
+    pushed = -2 / beta * logsigmoid(-beta * ratio).mean()
+    return pushed + alpha * nll(model, retain) if alpha else pushed

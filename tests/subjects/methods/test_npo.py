@@ -62,3 +62,9 @@ def test_small_beta_has_the_gradient_of_gradient_ascent():
     )
     (total / 2).backward()
     assert torch.allclose(found, logits.grad, rtol=1e-2, atol=1e-5)
+
+
+def test_retain_is_not_read_unless_it_weighs_something():
+    assert npo.loss(fixed(0), FORGET, None, start=fixed(1), alpha=0.0).isfinite()
+    with pytest.raises(AttributeError):
+        npo.loss(fixed(0), FORGET, None, start=fixed(1))
