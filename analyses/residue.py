@@ -20,6 +20,9 @@ from lethescope.statistics import Interval, cluster_weights, folds, interval, p_
 DRAWS = 4000
 SHOWS = 0.5
 """A place counts only where the original shows at least this share of the most it shows anywhere."""
+LEAKS = 0.2
+"""A place counts only where the references show at most this share of what the original shows: elsewhere a model that
+never held the facts may show more than they do, and by more than the verdict's margin."""
 LEAST_SIGNAL = 0.1
 """A channel is testable when the original's mean value is above its null by this much."""
 
@@ -67,7 +70,8 @@ def residue(
         level: of the intervals.
 
     Returns:
-        The residue; not testable, with NaN, where the original itself shows nothing or no fact has a value.
+        The residue; not testable, with NaN, where the original itself shows nothing, the references show too much
+        everywhere (`LEAKS`), or no fact has a value.
     """
     table = _Table.of(measured, role)
     if table is None:
@@ -76,7 +80,9 @@ def residue(
         warnings.simplefilter("ignore", RuntimeWarning)  # means over places where nothing was measured
         gain_original = table.excess("original")
         mean = np.nanmean(gain_original, 0)
-        allowed = np.isfinite(mean) & (mean >= SHOWS * np.nanmax(mean))
+        allowed = np.isfinite(mean) & (mean >= SHOWS * np.nanmax(mean)) & table.tight()
+        if not allowed.any():
+            return _untestable(measured, role)
         fold = folds(table.subjects, seed)
         chosen = table.choose(role, fold, allowed, seed)
         place = chosen[0, fold]
@@ -171,6 +177,13 @@ class _Table:
         nulls = {**dict(self.nulls(role)), "none": np.zeros_like(self.values[role])}
         null = np.stack([nulls[name][:, p] for p, name in enumerate(self.strongest(role))], 1)
         return self.values[role] - np.where(np.isfinite(null), null, np.nanmean(null, 0))
+
+    def tight(self) -> NDArray[np.bool_]:
+        """Tell the places where the references show next to nothing of what the original shows; all without any."""
+        if self.paired_null is None:
+            return np.ones(len(self.places), dtype=bool)
+        shown = np.nanmean(self.values["original"], 0)
+        return np.asarray(np.nanmean(self.paired_null, 0) <= LEAKS * shown)
 
     def choose(self, role: str, fold: Places, allowed: NDArray[np.bool_], seed: int) -> Places:
         """Choose a place for each fold (draw fold): the allowed one with the highest mean over the other folds.

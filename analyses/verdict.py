@@ -141,8 +141,9 @@ def _inside(findings: Mapping[str, Finding], spoken: str) -> Decision:
     found = [f for f in findings.values() if f.found and not f.silent]
     if found:
         best = max(found, key=lambda f: f.residue.simultaneous.low)
-        word, but = ("suppressed", "but") if best.residue.residue.estimate >= HALF else ("partly_erased", "and")
-        return Decision(word, best.name, f"{spoken}, {but} {_finds(best)}", best.name)
+        if best.residue.residue.estimate >= HALF:
+            return Decision("suppressed", best.name, f"{spoken}, but {_finds(best)}", best.name)
+        return Decision("partly_erased", best.name, f"{spoken}, and {_finds(best)}", best.name)
     voters = [f for f in findings.values() if f.votes]
     worst = max((*voters, findings["say"]), key=lambda f: f.residue.residue.high)
     limit = f"{worst.residue.residue.high:.0%}"

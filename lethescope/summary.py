@@ -132,7 +132,7 @@ def _channel(finding: Finding, measured: Measured) -> dict[str, Any]:
 
 def _note(finding: Finding) -> str:
     if not finding.residue.testable:
-        return "the original itself shows nothing above the null here"
+        return "the original itself shows too little above the null here"
     return "" if finding.grounded else "without a reference its null is too low; it neither decides nor votes"
 
 

@@ -39,8 +39,17 @@ ERRORS = {
     "false alarm": "a model that does not hold the facts is called *known*, *suppressed* or *partly erased*",
 }
 
-SEEN = ("llama-1", "llama-2")
-"""Worlds that had been looked at when the rule was made that patch needs a reference to testify."""
+SEEN = {
+    "patch needs a reference to testify": ("llama-1", "llama-2"),
+    "places where the references show more than 0.2 do not count": (
+        "llama-3",
+        "llama-4",
+        "llama-5",
+        "llama-6",
+        "gpt2-7",
+    ),
+}
+"""Rules that were made after looking at some worlds: figures on those are not held out from the rule."""
 
 CAPTIONS = {
     "separation": "Suppressors against deleters: AUC of each metric.",
@@ -74,7 +83,10 @@ def render(summary: Mapping[str, Any], *, command: str, figures: Mapping[str, st
         stressed=summary["models"].get("stressed", 0),
         kinds=[(audited(kind), verdict_table(summary, kind), error_table(summary, kind)) for kind in kinds],
         worlds=world_table(summary),
-        seen=sorted(set(SEEN) & set(summary.get("worlds", ()))),
+        rules=[
+            (rule, ", ".join(worlds), bool(set(worlds) & set(summary.get("worlds", ()))))
+            for rule, worlds in SEEN.items()
+        ],
         errors=ERRORS,
         separation=[(key, ASKED[key], list(_separations(summary, key))) for key in ASKED],
         calibration=calibration_table(summary),
