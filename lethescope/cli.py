@@ -42,6 +42,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_zoo(commands.add_parser("zoo", help="make models whose truth is known, to validate on"))
     _add_validate(commands.add_parser("validate", help="how far each channel can be trusted, on a zoo"))
     _add_tofu_score(commands.add_parser("tofu-score", help="forget quality and model utility from a TOFU log"))
+    _add_heads_compare(commands.add_parser("heads-compare", help="two files of retrieval-head scores, side by side"))
     return parser
 
 
@@ -241,6 +242,24 @@ def _tofu_score(options: argparse.Namespace) -> int:
     from lethescope.tofu_score import tofu_score
 
     print(json.dumps(tofu_score(options.log, options.reference, average=options.average), indent=2))
+    return 0
+
+
+def _add_heads_compare(parser: argparse.ArgumentParser) -> None:
+    parser.description = (
+        'Print how alike two models\' retrieval heads are, from published score files ({"layer-head": [scores]}): '
+        "correlations, overlap of the best 30, and counts. Heads that moved do not show that anything was forgotten."
+    )
+    parser.add_argument("a", metavar="A.json")
+    parser.add_argument("b", metavar="B.json")
+    parser.set_defaults(run=_heads_compare)
+
+
+def _heads_compare(options: argparse.Namespace) -> int:
+    from lethescope.analyses.heads import compare_files
+
+    found = compare_files(options.a, options.b)
+    print(json.dumps({name: None if value != value else value for name, value in found.items()}, indent=2))
     return 0
 
 

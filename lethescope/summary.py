@@ -104,7 +104,8 @@ def evidence(found: Mapping[str, Finding], facts: Facts, measured: Measured) -> 
     table = pd.concat([part for part in parts if len(part)], ignore_index=True)
     table["subject"] = [by_id[i].subject for i in table["fact"]]
     table["split"] = [by_id[i].split for i in table["fact"]]
-    return table[["fact", "subject", "split", "channel", "role", "value", "null", "residue"]].round(6)
+    columns = ["fact", "subject", "split", "channel", "role", "value", "null", "residue"]
+    return table.reindex(columns=columns).round(6)  # where no channel is testable, nothing has a null or a residue
 
 
 def _channel(finding: Finding, measured: Measured) -> dict[str, Any]:

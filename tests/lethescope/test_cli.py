@@ -232,6 +232,7 @@ def test_ctrl_c_says_how_to_go_on(run: Run, arguments: dict[str, Any], monkeypat
         (["validate", "--zoo", "gone", "--out", "out"], "gone holds no zoo"),
         (["unlearn", "--model", "m", "--facts", "f", "--out", "o", "--option", "beta"], "write it as NAME=VALUE"),
         (["tofu-score", "gone.json"], "gone.json"),
+        (["heads-compare", "gone.json", "gone.json"], "gone.json"),
         (["fly"], "invalid choice: 'fly'"),
     ],
 )
