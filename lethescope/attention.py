@@ -139,7 +139,7 @@ def intercepting(model: Model, attend: Callable[[Attention], Output], *, needed:
     finally:
         handle.remove()
         for name, before in befores.items():
-            del ALL_ATTENTION_FUNCTIONS[name]
+            ALL_ATTENTION_FUNCTIONS.pop(name)
             if ALL_ATTENTION_FUNCTIONS.get(name) is not before:  # it was ours too: the block around this one's
                 ALL_ATTENTION_FUNCTIONS[name] = before
     if ran:

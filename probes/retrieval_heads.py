@@ -127,7 +127,8 @@ def qr_score(model: Model, needle: Needle, *, null: str = NULL) -> Scores:
     Raises:
         InputError: the needle cannot be tokenised, or the model does not use the attention interface.
     """
-    return _question_mass(model, needle) - _question_mass(model, _emptied(needle, null))
+    more: Scores = _question_mass(model, needle) - _question_mass(model, _emptied(needle, null))
+    return more
 
 
 def _emptied(needle: Needle, null: str) -> Needle:
