@@ -75,14 +75,14 @@ def residue(
     """
     table = _Table.of(measured, role)
     if table is None:
-        return _untestable(measured, role)
+        return _untestable()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # means over places where nothing was measured
         gain_original = table.excess("original")
         mean = np.nanmean(gain_original, 0)
         allowed = np.isfinite(mean) & (mean >= SHOWS * np.nanmax(mean)) & table.tight()
         if not allowed.any():
-            return _untestable(measured, role)
+            return _untestable()
         fold = folds(table.subjects, seed)
         chosen = table.choose(role, fold, allowed, seed)
         place = chosen[0, fold]
@@ -246,7 +246,7 @@ def _of_split(values: xr.DataArray, split: str) -> xr.DataArray:
     return values.isel(fact=np.flatnonzero(values["split"].values == split))
 
 
-def _untestable(measured: Mapping[str, xr.Dataset], role: str) -> Residue:
+def _untestable() -> Residue:
     nothing = Interval(float("nan"), float("nan"), float("nan"))
     empty = pd.DataFrame({name: [] for name in ("fact", "role", "value", "null", "residue")})
     return Residue(nothing, nothing, float("nan"), nothing, {}, False, 0, (), empty)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from lethescope.errors import InputError
 from lethescope.facts import Fact, same_text
+from lethescope.measurement import fact_coords
 from lethescope.models import Model
 from lethescope.scoring import candidates
 from lethescope.statistics import seeded
@@ -67,10 +68,7 @@ def sampled(
             "null": ("fact", [float(np.mean(w)) if w else float("nan") for w in wrong]),
             "text": (("fact", "sample"), texts),
         },
-        {
-            "fact": [f.id for f in facts],
-            **{name: ("fact", [getattr(f, name) for f in facts]) for name in ("subject", "split", "relation")},
-        },
+        fact_coords(facts),
         {"n": n, "temperature": temperature, "seed": seed, "citation": CITATION},
     )
 

@@ -105,7 +105,7 @@ def decide(findings: Mapping[str, Finding], hurt: Damage, n_facts: int, n_subjec
     1. Too few facts or subjects, or facts that the original itself does not say: *inconclusive*.
     2. The unlearned model says at least half of what the original says: *known*.
     3. Less than half of the retain facts' value is left: *damaged*; what was lost with everything is not forgotten.
-       The residue beside it is that of rule 4 or 5: a broken model may still hold what it cannot say.
+       The residue beside it is that of rules 4 to 6: a broken model may still hold what it cannot say.
     4. A channel finds a residue (Holm-adjusted p < 0.05, simultaneous interval above 0, not within the margin): the one
        with the highest simultaneous lower limit decides. *suppressed* from half on, *partly erased* below.
     5. At least two channels may vote, and every one of them, and *say*, ends below the margin: *no residue found*.
@@ -122,10 +122,8 @@ def decide(findings: Mapping[str, Finding], hurt: Damage, n_facts: int, n_subjec
     if not hurt.damaged:
         return inside
     left = f"only {max(hurt.kept.estimate, 0):.0%} of the retain facts' value is left"
-    moral = "a broken model has not shown that it forgot"
-    if inside.word not in {"suppressed", "partly_erased"}:
-        return Decision("damaged", "say", f"{left}; {moral}", inside.residue_of)
-    return Decision("damaged", "say", f"{left}; {moral}, and {_finds(findings[inside.by])}", inside.by)
+    more = f", and {_finds(findings[inside.by])}" if inside.word in {"suppressed", "partly_erased"} else ""
+    return Decision("damaged", "say", f"{left}; a broken model has not shown that it forgot{more}", inside.by)
 
 
 def _missing(say: Residue, n_facts: int, n_subjects: int) -> str:
@@ -145,19 +143,18 @@ def _inside(findings: Mapping[str, Finding], spoken: str) -> Decision:
             return Decision("suppressed", best.name, f"{spoken}, but {_finds(best)}", best.name)
         return Decision("partly_erased", best.name, f"{spoken}, and {_finds(best)}", best.name)
     voters = [f for f in findings.values() if f.votes]
-    worst = max((*voters, findings["say"]), key=lambda f: f.residue.residue.high)
-    limit = f"{worst.residue.residue.high:.0%}"
     if len(voters) < LEAST_VOTERS:
         names = ", ".join(f.name for f in voters) or "none"
         reason = f"too few channels can see a planted residue here ({names}); at least {LEAST_VOTERS} must"
         return Decision("inconclusive", "say", reason, "say")
+    worst = max((*voters, findings["say"]), key=lambda f: f.residue.residue.high)
     if not worst.silent:
-        unsure = f"cannot rule out a residue of up to {limit}; more facts would help"
+        unsure = f"cannot rule out a residue of up to {worst.residue.residue.high:.0%}; more facts would help"
         reason = f"{worst.name} finds nothing sure but {unsure}"
         return Decision("inconclusive", worst.name, reason, worst.name)
     hardest = max(voters, key=lambda f: f.residue.residue.high)
-    limit = f"{hardest.residue.residue.high:.0%}"
-    reason = f"none of {len(voters)} channels that see planted residues finds more than {limit}"
+    most = f"{hardest.residue.residue.high:.0%}"
+    reason = f"none of {len(voters)} channels that see planted residues finds more than {most}"
     return Decision("no_residue_found", hardest.name, reason, hardest.name)
 
 

@@ -31,13 +31,18 @@ def from_scores(
     """
     data = {"score": (("fact", "candidate", "place"), np.asarray(score, dtype=np.float64)), **(variables or {})}
     coords = {
-        "fact": [f.id for f in facts],
+        **fact_coords(facts),
         "candidate": np.arange(score.shape[1]),
         "place": list(places),
-        **{name: ("fact", [getattr(f, name) for f in facts]) for name in ("subject", "split", "relation")},
         **{name: ("place", list(values)) for name, values in (place_coords or {}).items()},
     }
     return xr.Dataset(data, coords)
+
+
+def fact_coords(facts: Sequence[Fact]) -> dict[str, Any]:
+    """Return the coordinates that every array over facts has: id, subject, split and relation."""
+    told = {name: ("fact", [getattr(f, name) for f in facts]) for name in ("subject", "split", "relation")}
+    return {"fact": [f.id for f in facts], **told}
 
 
 def preference(ds: xr.Dataset, name: str = "score") -> xr.DataArray:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lethescope.errors import InputError
 from lethescope.facts import Fact
+from lethescope.measurement import fact_coords
 from lethescope.models import Model
 from lethescope.probes.prompt_words import Words, bare, words
 from lethescope.scoring import candidates, mean_over_answer, target_log_probs
@@ -338,8 +339,7 @@ def _special(tokenizer: Any, first: str) -> int:
 
 def _as_dataset(prompts: Sequence[_Prompt], found: Sequence[Found], method: str) -> xr.Dataset:
     """Label what was found, NaN (and no text) where a fact has fewer units than another."""
-    facts = [prompt.fact for prompt in prompts]
-    shape = len(facts), max(len(prompt.units) for prompt in prompts)
+    shape = len(prompts), max(len(prompt.units) for prompt in prompts)
     contribution, texts = np.full(shape, np.nan), np.full(shape, "", dtype=object)
     for i, (prompt, (values, _, _)) in enumerate(zip(prompts, found, strict=True)):
         contribution[i, : len(prompt.units)] = values
@@ -351,10 +351,7 @@ def _as_dataset(prompts: Sequence[_Prompt], found: Sequence[Found], method: str)
             "log_probability": ("fact", [whole for _, whole, _ in found]),
             "baseline": ("fact", [baseline for _, _, baseline in found]),
         },
-        {
-            "fact": [fact.id for fact in facts],
-            **{name: ("fact", [getattr(fact, name) for fact in facts]) for name in ("subject", "split", "relation")},
-        },
+        fact_coords([prompt.fact for prompt in prompts]),
         {"method": method, "units": "nats per answer token", "citation": CITATION},
     )
 

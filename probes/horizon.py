@@ -19,6 +19,7 @@ from torch import Tensor
 from lethescope.errors import InputError
 from lethescope.facts import Fact
 from lethescope.hooks import resuming, watching
+from lethescope.measurement import fact_coords
 from lethescope.models import Model
 from lethescope.scoring import candidates, target_log_probs
 from lethescope.tokens import Batch, Encoded, collate, join, pad_id
@@ -98,10 +99,9 @@ def measure(
             "whole": ("fact", whole),
         },
         {
-            "fact": [f.id for f in facts],
+            **fact_coords(facts),
             "layer": chosen,
             "token": (("fact", "unit"), token.astype(str)),
-            **{name: ("fact", [getattr(f, name) for f in facts]) for name in ("subject", "split", "relation")},
         },
         {
             "mode": mode,

@@ -16,6 +16,7 @@ from jaxtyping import Float
 
 from lethescope.errors import InputError
 from lethescope.facts import Fact
+from lethescope.measurement import fact_coords
 from lethescope.models import Model
 from lethescope.scoring import candidates, tails
 from lethescope.tokens import Encoded
@@ -54,10 +55,9 @@ def measure(model: Model, facts: Sequence[Fact], *, reference: Model | None = No
     }
     if reference is not None:
         scores["reference"] = calibrated(log_probs, token_statistics(reference, encoded)[0])
-    coords = {name: ("fact", [getattr(fact, name) for fact in facts]) for name in ("subject", "split", "relation")}
     return xr.Dataset(
         {name: ("fact", values) for name, values in scores.items()},
-        {"fact": [fact.id for fact in facts], **coords},
+        fact_coords(facts),
         {"direction": "higher = more member-like", "k": k, "citation": CITATION},
     )
 

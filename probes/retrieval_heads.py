@@ -23,9 +23,9 @@ from lethescope.errors import InputError
 from lethescope.measurement import to_json
 from lethescope.models import Model
 from lethescope.probes.needles import Located, Needle, locate
-from lethescope.probes.rouge import words
+from lethescope.probes.rouge import greedy, rouge_1_recall
 from lethescope.scoring import target_log_probs
-from lethescope.tokens import pad_id
+from lethescope.tokens import Encoded
 
 Mode = Literal["set", "count"]
 Scores = Float[np.ndarray, "layer head"]
@@ -249,34 +249,14 @@ def _decoded(model: Model, needle: Needle, at: Located, mode: Mode, most: int) -
     return {"score": scores, "qr": mass, "kept": kept, "right": right, "continuation": text}
 
 
-@torch.no_grad()
 def _say(model: Model, prompt: Sequence[int], most: int) -> list[int]:
     """Continue greedily, at most so many tokens, until a token with a line break or the end of the text; both stay."""
 
     def line_ends(ids: Tensor, _scores: Any, **_: Any) -> Bool[Tensor, " batch"]:
         return torch.tensor(["\n" in model.tokenizer.decode(row[-1:]) for row in ids], device=ids.device)
 
-    given = torch.tensor([list(prompt)], device=model.device)
-    out = model.module.generate(
-        input_ids=given,
-        attention_mask=torch.ones_like(given),
-        do_sample=False,
-        num_beams=1,
-        max_new_tokens=most,
-        pad_token_id=pad_id(model.tokenizer),
-        stopping_criteria=StoppingCriteriaList([line_ends]),
-    )
-    return [int(token) for token in out[0, len(prompt) :]]
-
-
-def rouge_1_recall(said: str, answer: str) -> float:
-    """Share of the answer's words that are in a text, each counted as often as it is there (not stemmed).
-
-    >>> rouge_1_recall("Nemo sat down, sat", "sat sat sat up")
-    0.5
-    """
-    wanted, there = words(answer), words(said)
-    return sum(min(wanted.count(w), there.count(w)) for w in set(wanted)) / len(wanted) if wanted else float("nan")
+    stops = StoppingCriteriaList([line_ends])
+    return greedy(model, [Encoded(tuple(prompt), len(prompt))], most, stopping_criteria=stops)[0]
 
 
 def _limit(model: Model) -> int:

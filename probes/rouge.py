@@ -2,12 +2,14 @@
 
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import xarray as xr
 
 from lethescope.facts import Fact
+from lethescope.measurement import fact_coords
 from lethescope.models import Model
 from lethescope.scoring import candidates
 from lethescope.tokens import Encoded, collate, pad_id
@@ -34,10 +36,9 @@ def measure(model: Model, facts: Sequence[Fact], *, extra: int = 4, rows: int = 
     """
     said = continuations(model, candidates(model.tokenizer, facts, most=0).encoded, extra=extra, rows=rows)
     scores = [rouge_l_recall(text, fact.answer) for text, fact in zip(said, facts, strict=True)]
-    coords = {name: ("fact", [getattr(fact, name) for fact in facts]) for name in ("subject", "split", "relation")}
     return xr.Dataset(
         {"rouge_l_recall": ("fact", np.array(scores, dtype=float)), "continuation": ("fact", said)},
-        {"fact": [fact.id for fact in facts], **coords},
+        fact_coords(facts),
         {"direction": "higher = more of the answer is said", "citation": "Lin 2004 (ROUGE, ACL W04-1013)"},
     )
 
@@ -53,6 +54,16 @@ def rouge_l_recall(said: str, answer: str) -> float:
     """
     wanted = words(answer)
     return longest_common(words(said), wanted) / len(wanted) if wanted else float("nan")
+
+
+def rouge_1_recall(said: str, answer: str) -> float:
+    """Share of the answer's words that are in a text, each counted as often as it is there (not stemmed).
+
+    >>> rouge_1_recall("Nemo sat down, sat", "sat sat sat up")
+    0.5
+    """
+    wanted, there = words(answer), words(said)
+    return sum(min(wanted.count(w), there.count(w)) for w in set(wanted)) / len(wanted) if wanted else float("nan")
 
 
 def longest_common(a: Sequence[str], b: Sequence[str]) -> int:
@@ -87,14 +98,15 @@ def continuations(model: Model, encoded: Sequence[Encoded], *, extra: int = 4, r
     for start in range(0, len(order), rows):
         chosen = order[start : start + rows]
         limits = [len(encoded[i].answer) + extra for i in chosen]
-        new = _greedy(model, [encoded[i] for i in chosen], max(limits))
+        new = greedy(model, [encoded[i] for i in chosen], max(limits))
         for i, ids, limit in zip(chosen, new, limits, strict=True):
             found[i] = model.tokenizer.decode(_until_end(model, ids[:limit]), skip_special_tokens=True).strip()
     return [found[i] for i in range(len(encoded))]
 
 
 @torch.no_grad()
-def _greedy(model: Model, encoded: Sequence[Encoded], most: int) -> list[list[int]]:
+def greedy(model: Model, encoded: Sequence[Encoded], most: int, **options: Any) -> list[list[int]]:
+    """Return at most so many tokens that the model says greedily after each prompt; options are those of `generate`."""
     pad = pad_id(model.tokenizer)
     prompts = [Encoded(e.ids[: e.start], e.start) for e in encoded]
     batch = collate(prompts, pad, side="left", device=model.device)
@@ -105,6 +117,7 @@ def _greedy(model: Model, encoded: Sequence[Encoded], most: int) -> list[list[in
         num_beams=1,
         max_new_tokens=most,
         pad_token_id=pad,
+        **options,
     )
     return out[:, batch.input_ids.shape[1] :].tolist()
 

@@ -1,7 +1,9 @@
 """What many tests share: small facts, a word tokenizer, and small random models of three architectures."""
 
+import runpy
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -97,3 +99,10 @@ def make_model(words: PreTrainedTokenizerFast) -> Callable[..., Model]:
         return Model(module.requires_grad_(False).eval(), words, role)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def known_head() -> Model:
+    """A trained model in which one head reads from the context (`known_head.py`); seconds to train, so once."""
+    made = runpy.run_path(str(Path(__file__).with_name("known_head.py")))
+    return cast(Model, made["known_head_model"]())

@@ -67,9 +67,8 @@ SIZES = {
         distilled=12,
     ),
 }
-"""`quick` is for continuous integration, without distilled deleters, which take five minutes each; `full` has 72 models
-of pool P and 72 of pool N. No two sizes share a world: what was decided after looking at one can be held against
-another."""
+"""`quick` is for `make zoo`, without distilled deleters, which take five minutes each; `full` has 72 models of pool P
+and 72 of pool N. No two sizes share a world: what was decided after looking at one can be held against another."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """Tests of comparing heads and of taking them out: published files, slow twins, bad files, and a trained head."""
 
 import json
-import runpy
 from collections import Counter
 from pathlib import Path
 
@@ -30,7 +29,6 @@ from lethescope.probes.needles import key_value_needles
 from lethescope.tokens import encode
 
 PUBLISHED = Path(__file__).parents[3] / "shared" / "data" / "head_scores"
-KNOWN = (1, 2)
 
 
 def scores(array) -> xr.Dataset:
@@ -258,23 +256,16 @@ def test_a_seed_decides_the_draws_and_the_interval(make_model, some_facts):
     assert not runs[0]["heads"].equals(runs[2]["heads"])
 
 
-@pytest.fixture(scope="module")
-def trained():
-    """The model of the probe's own tests, whose one head that reads from the context is known."""
-    made = runpy.run_path(str(Path(__file__).parents[1] / "probes" / "test_retrieval_heads.py"))
-    return made["known_head_model"]()
-
-
 def asked(model, seed):
     grid = {"lengths": [16, 19], "depths": [0, 0.5, 1], "each": 4}
     return key_value_needles(model.tokenizer, **grid, value_words=2, seed=seed)
 
 
 @pytest.mark.parametrize("phase", ["decode", "all"])
-def test_reading_from_the_context_goes_with_the_known_head_only(trained, phase):
-    found = retrieval_heads.measure(trained, asked(trained, 0))
+def test_reading_from_the_context_goes_with_the_known_head_only(known_head, phase):
+    found = retrieval_heads.measure(known_head, asked(known_head, 0))
     for kind in ("uniform", "zero", "mean"):
-        ds = ablation(trained, asked(trained, 1), found, k=1, kind=kind, phase=phase)
+        ds = ablation(known_head, asked(known_head, 1), found, k=1, kind=kind, phase=phase)
         assert str(ds["heads"].sel(arm="top").item()) == "1-2" and ds.attrs["unmatched"] == 0
         exact = ds["exact_match"].mean("instance")
         assert float(exact.sel(arm="none")) > 0.7 and float(exact.sel(arm="top")) < 0.1
@@ -284,12 +275,12 @@ def test_reading_from_the_context_goes_with_the_known_head_only(trained, phase):
         assert (ds["draws_below"] == 1).all()
 
 
-def test_heads_that_only_claim_to_read_have_no_effect(trained):
+def test_heads_that_only_claim_to_read_have_no_effect(known_head):
     claimed = np.zeros((1, 2, 4))
     claimed[0, 1, 0] = 1
     for head in ((1, 1), (1, 2)):  # so that the known head is no control either
         claimed[0][head] = 0.2
-    ds = ablation(trained, asked(trained, 1), scores(claimed), k=1)
+    ds = ablation(known_head, asked(known_head, 1), scores(claimed), k=1)
     assert abs(float(ds["effect"].sel(quantity="log_prob", bound="estimate"))) < 0.3
     assert float(ds["exact_match"].sel(arm="top").mean()) > 0.7
 

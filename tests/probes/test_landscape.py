@@ -8,11 +8,10 @@ import torch
 import xarray as xr
 
 from lethescope.errors import InputError
-from lethescope.facts import of_split, read_facts
+from lethescope.facts import of_split
 from lethescope.measurement import preference
-from lethescope.models import Model, load
+from lethescope.models import Model
 from lethescope.probes import landscape
-from lethescope.subjects import shipped
 from lethescope.subjects.handmade import STRENGTH, handmade
 from lethescope.subjects.tokenizer import word_tokenizer
 from lethescope.tokens import encode
@@ -217,18 +216,9 @@ def test_it_is_a_channel_that_sees_the_original():
     assert set(channel.budgets) == {"quick", "standard", "thorough"}
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """One fact on each of 32 forget and 32 control people, all four relations."""
-    facts = [f for f in read_facts(shipped("facts")) if f.split != "retain"][::5]
-    models = {name: load(shipped(name)) for name in ("original", "unlearned", "reference")}
-    options = {"original": models["original"], "k": 5, "sizes": (0.3,)}
-    return {name: landscape.measure(model, facts, **options) for name, model in models.items()}
-
-
-def test_taught_facts_stand_out_on_the_shipped_models_and_others_do_not(measured):
+def test_taught_facts_stand_out_on_the_shipped_models_and_others_do_not(landscapes):
     """Mean values of sharpness and relief as measured: .86 and .69, -.12 and .67, .01 and -.01."""
-    for name, ds in measured.items():
+    for name, ds in landscapes.items():
         value = preference(ds).groupby("split").mean()
         assert abs(value.sel(split="control")).max() < 0.1, name
         sharpness, relief = value.sel(split="forget").values

@@ -11,12 +11,9 @@ from hypothesis import strategies as st
 
 from lethescope.auc import auc_interval
 from lethescope.errors import InputError
-from lethescope.facts import read_facts
-from lethescope.models import load
 from lethescope.probes import landscape
 from lethescope.probes import landscape_features as lf
 from lethescope.statistics import Interval
-from lethescope.subjects import shipped
 
 LOSS = st.floats(0.01, 20)
 
@@ -176,23 +173,14 @@ def test_too_few_people_and_odd_numbers_are_told():
         lf.out_of_fold(x, trained_on, subjects)
 
 
-@pytest.fixture(scope="module")
-def measured():
-    """One fact on each of 32 forget and 32 control people, all four relations."""
-    facts = [f for f in read_facts(shipped("facts")) if f.split != "retain"][::5]
-    models = {name: load(shipped(name)) for name in ("original", "unlearned", "reference")}
-    options = {"original": models["original"], "k": 5, "sizes": (0.3,)}
-    return {name: landscape.measure(model, facts, **options) for name, model in models.items()}
-
-
-def test_taught_facts_are_told_from_never_taught_ones_on_the_shipped_models(measured):
-    trained_on = (measured["original"]["split"] == "forget").values
-    told = lf.tell_apart(lf.features(measured["original"]), trained_on)
+def test_taught_facts_are_told_from_never_taught_ones_on_the_shipped_models(landscapes):
+    trained_on = (landscapes["original"]["split"] == "forget").values
+    told = lf.tell_apart(lf.features(landscapes["original"]), trained_on)
     assert told.landscape.low > 0.8 and told.loss_alone.estimate > 0.99  # so the landscape has nothing to add
     assert told.gain.low <= 0 <= told.gain.high
     aucs = {}
     for name in ("unlearned", "reference"):
-        found = lf.features(measured[name])
+        found = lf.features(landscapes[name])
         score = lf.out_of_fold(found.values, trained_on, found["subject"].values)
         aucs[name] = auc_interval(score[trained_on], score[~trained_on])
     assert aucs["unlearned"].low > 0.8
@@ -200,9 +188,9 @@ def test_taught_facts_are_told_from_never_taught_ones_on_the_shipped_models(meas
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_shuffled_labels_are_told_apart_by_chance_only(measured, seed):
+def test_shuffled_labels_are_told_apart_by_chance_only(landscapes, seed):
     """The landscape of the original's own losses, membership dealt anew to people: 0.5 lies within the interval."""
-    found = lf.features(measured["original"])
+    found = lf.features(landscapes["original"])
     subjects = found["subject"].values
     taught = dict(zip(np.unique(subjects), np.random.default_rng(seed).permutation(64) < 32, strict=True))
     trained_on = np.array([taught[name] for name in subjects])

@@ -1,24 +1,25 @@
 """Tests of retrieval heads: attention made by hand, slow twins, the published decode loop, and a trained head."""
 
+import runpy
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import xarray as xr
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from lethescope import measurement
 from lethescope.attention import ablating
 from lethescope.errors import InputError
-from lethescope.models import Model
 from lethescope.probes import retrieval_heads
 from lethescope.probes.needles import Needle, key_value_needles, locate
-from lethescope.probes.retrieval_heads import copied, copy_score, measure, pattern_scores, qr_score, rouge_1_recall
-from lethescope.subjects.tokenizer import word_tokenizer
+from lethescope.probes.retrieval_heads import copied, copy_score, measure, pattern_scores, qr_score
+from lethescope.probes.rouge import rouge_1_recall
 
-WORDS = [f"w{i:02d}" for i in range(44)]
-KNOWN = (1, 2)
+made = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "known_head.py")))
+WORDS, KNOWN = made.WORDS, made.KNOWN
 IDS = torch.tensor([1, 20, 21, 5, 6, 7, 22, 23, 20, 21, 5, 6])  # the needle is 5 6 7, asked after 20 21
 SPAN, TARGETS = (3, 6), torch.tensor([5, 6, 7])
 
@@ -182,52 +183,9 @@ def test_a_model_that_gets_nothing_right_keeps_nothing(make_model):
     assert ds["score"].isnull().all() and ds["frequency"].isnull().all() and ds["qr"].notnull().all()
 
 
-def repeated(rng, n, length=40):
-    """Random words said again and again, with periods of 6 to 21 tokens."""
-    out = np.ones((n, length), dtype=np.int64)
-    for row in out:
-        row[1:] = np.resize(4 + rng.permutation(len(WORDS))[: rng.integers(6, 22)], length - 1)
-    return torch.from_numpy(out)
-
-
-def known_head_model(steps=270):
-    """Two layers that learn to repeat what they read; in the second, one head is free to learn where to look.
-
-    The other heads of that layer look at fixed distances, with constant queries and keys, so they cannot do it.
-    """
-    sizes = {"hidden_size": 64, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
-    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    torch.manual_seed(0)
-    module = LlamaForCausalLM(
-        LlamaConfig(vocab_size=len(WORDS) + 4, max_position_embeddings=64, attention_bias=True, **sizes, **special)
-    )
-    free = (torch.arange(64) // 16 == KNOWN[1]).float()
-    for part in (module.model.layers[KNOWN[0]].self_attn.q_proj, module.model.layers[KNOWN[0]].self_attn.k_proj):
-        part.bias.data.normal_(0, 2).mul_(1 - free)
-        part.weight.data.mul_(free[:, None])
-        part.bias.register_hook(lambda grad: grad * free)
-        part.weight.register_hook(lambda grad: grad * free[:, None])
-    rng, optimizer = np.random.default_rng(0), torch.optim.AdamW(module.parameters(), lr=3e-3, weight_decay=0)
-    rate = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: min(1, s / 40) * (1 + np.cos(np.pi * s / steps)) / 2)
-    for _ in range(steps):
-        ids = repeated(rng, 32)
-        seen = (ids[:, :, None] == ids[:, None, :]).tril(-1).any(-1)[:, 1:]
-        logits = module(input_ids=ids).logits[:, :-1]
-        optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(logits[seen], ids[:, 1:][seen]).backward()
-        optimizer.step()
-        rate.step()
-    return Model(module.requires_grad_(False).eval(), word_tokenizer([" ".join(WORDS)]))
-
-
 @pytest.fixture(scope="module")
-def trained():
-    return known_head_model()
-
-
-@pytest.fixture(scope="module")
-def needles(trained):
-    return key_value_needles(trained.tokenizer, lengths=[16, 19], depths=[0, 0.3, 0.6, 1], each=5, value_words=2)
+def needles(known_head):
+    return key_value_needles(known_head.tokenizer, lengths=[16, 19], depths=[0, 0.3, 0.6, 1], each=5, value_words=2)
 
 
 def best(scores: xr.DataArray) -> tuple[int, int]:
@@ -235,8 +193,8 @@ def best(scores: xr.DataArray) -> tuple[int, int]:
     return int(layer), int(head)
 
 
-def test_the_known_head_is_found_by_every_score(trained, needles):
-    ds = measure(trained, needles)
+def test_the_known_head_is_found_by_every_score(known_head, needles):
+    ds = measure(known_head, needles)
     score = ds["score"].mean("instance")
     assert float(ds["right"].mean()) > 0.7
     for found in (score, ds["frequency"], ds["induction"]):
@@ -258,30 +216,30 @@ def copying(model, seed=1):
 
 
 @pytest.mark.parametrize("kind", ["uniform", "zero"])
-def test_copying_goes_with_the_known_head_and_with_no_control(trained, kind):
-    assert copying(trained) > 0.95
-    with ablating(trained, [KNOWN], kind):
-        assert copying(trained) < 0.3
+def test_copying_goes_with_the_known_head_and_with_no_control(known_head, kind):
+    assert copying(known_head) > 0.95
+    with ablating(known_head, [KNOWN], kind):
+        assert copying(known_head) < 0.3
     for head in {0, 1, 2, 3} - {KNOWN[1]}:
-        with ablating(trained, [(KNOWN[0], head)], kind):
-            assert copying(trained) > 0.95
+        with ablating(known_head, [(KNOWN[0], head)], kind):
+            assert copying(known_head) > 0.95
 
 
 @pytest.mark.parametrize("mode", ["set", "count"])
-def test_decoding_equals_the_published_loop(trained, needles, mode):
+def test_decoding_equals_the_published_loop(known_head, needles, mode):
     chosen = needles[::4]
-    ds = measure(trained, chosen, mode=mode, decode=True, most=12)
+    ds = measure(known_head, chosen, mode=mode, decode=True, most=12)
     assert ds["kept"].values.mean() > 0 and float(ds["score"].max()) > 0.9
     for i, needle in enumerate(chosen):
-        score, text = published_loop(trained, needle, mode, 12)
+        score, text = published_loop(known_head, needle, mode, 12)
         assert str(ds["continuation"][i].item()) == text
         assert bool(ds["kept"][i]) == (rouge_1_recall(text, needle.answer) > 0.5)
         np.testing.assert_allclose(ds["score"][i], score if ds["kept"][i] else np.nan, atol=1e-6)
 
 
-def test_feeding_the_answer_equals_decoding_where_the_model_answers_rightly(trained, needles):
-    forced = measure(trained, needles)
-    decoded = measure(trained, needles, decode=True, most=2)
+def test_feeding_the_answer_equals_decoding_where_the_model_answers_rightly(known_head, needles):
+    forced = measure(known_head, needles)
+    decoded = measure(known_head, needles, decode=True, most=2)
     right = forced["right"].values
     assert right.mean() > 0.7 and decoded["kept"].values[right].all()
     np.testing.assert_array_equal(decoded["right"], right)
@@ -290,33 +248,33 @@ def test_feeding_the_answer_equals_decoding_where_the_model_answers_rightly(trai
     assert decoded.attrs["kept_share"] == decoded["kept"].values.mean()
 
 
-def test_repeating_the_answer_exceeds_one_by_count_only(trained):
+def test_repeating_the_answer_exceeds_one_by_count_only(known_head):
     """A context that ends where it begins is repeated for ever."""
     text = "w01 w02 w03 w04 w01 w02 w03 w04 w01"
     needle = Needle("round", "mine", text, "w01", "w02", 4, 7)
-    count = measure(trained, [needle], mode="count", decode=True, most=9)["score"][0]
-    assert float(count.max()) > 1 >= float(measure(trained, [needle], decode=True, most=9)["score"].max())
+    count = measure(known_head, [needle], mode="count", decode=True, most=9)["score"][0]
+    assert float(count.max()) > 1 >= float(measure(known_head, [needle], decode=True, most=9)["score"].max())
 
 
-def test_shuffled_gold_tokens_are_not_found(trained, needles):
+def test_shuffled_gold_tokens_are_not_found(known_head, needles):
     """The null: where the words after the question are not those of the needle, no head copies."""
-    ids = {w: i for w, i in trained.tokenizer.get_vocab().items() if w in WORDS}
+    ids = {w: i for w, i in known_head.tokenizer.get_vocab().items() if w in WORDS}
     others = []
     for needle in needles[:12]:
-        at = locate(trained.tokenizer, needle)
+        at = locate(known_head.tokenizer, needle)
         free = [i for i in ids.values() if i not in at.encoded.ids]
         assert len(free) >= 2
-        others.append(retrieval_heads._copying(trained, at, free[:2], "set")[0])
+        others.append(retrieval_heads._copying(known_head, at, free[:2], "set")[0])
     assert np.max(others) == 0
 
 
-def test_it_is_a_measurement_that_can_be_kept(trained, needles, tmp_path):
-    ds = measure(trained, needles[:3], seed=5)
+def test_it_is_a_measurement_that_can_be_kept(known_head, needles, tmp_path):
+    ds = measure(known_head, needles[:3], seed=5)
     measurement.save(ds, tmp_path / "heads.nc")
     again = measurement.open_(tmp_path / "heads.nc")
     xr.testing.assert_equal(ds, again)
     assert again.attrs["probe"] == "retrieval_heads" and again.attrs["seed"] == 5
-    other = measure(trained, needles[1:4], seed=6)
+    other = measure(known_head, needles[1:4], seed=6)
     assert other.attrs["facts"] != ds.attrs["facts"]
     xr.testing.assert_equal(ds["score"][1:], other["score"][:2])
 
@@ -329,14 +287,14 @@ def test_rouge_recall_counts_words():
     assert np.isnan(rouge_1_recall("a", "?!"))
 
 
-def test_bad_input_is_told_in_one_line(trained, needles):
-    long = key_value_needles(trained.tokenizer, lengths=[80], depths=[0], words=WORDS, value_words=3)
+def test_bad_input_is_told_in_one_line(known_head, needles):
+    long = key_value_needles(known_head.tokenizer, lengths=[80], depths=[0], words=WORDS, value_words=3)
     cases = {
-        "unknown mode 'sum'; use set or count": lambda: measure(trained, needles, mode="sum"),
-        "there are no needles": lambda: measure(trained, []),
-        "the model reads at most 64": lambda: measure(trained, long),
-        "takes 76 tokens": lambda: measure(trained, needles[:1], decode=True, most=62),
-        "reads '<unk>'": lambda: measure(trained, [Needle("1", "k", "w01 x. w01", "w01", "x", 4, 5)]),
+        "unknown mode 'sum'; use set or count": lambda: measure(known_head, needles, mode="sum"),
+        "there are no needles": lambda: measure(known_head, []),
+        "the model reads at most 64": lambda: measure(known_head, long),
+        "takes 76 tokens": lambda: measure(known_head, needles[:1], decode=True, most=62),
+        "reads '<unk>'": lambda: measure(known_head, [Needle("1", "k", "w01 x. w01", "w01", "x", 4, 5)]),
     }
     for told, call in cases.items():
         with pytest.raises(InputError) as error:
