@@ -33,6 +33,9 @@ class Finding:
     seconds: float
     grounded: bool = True
     """False where the channel needs a reference for its null and none was given: it may neither decide nor vote."""
+    floor: float = 0.0
+    """What a residue must surely exceed to be found: 0 held against references, which were asked the same facts; the
+    margin without any, when the forget facts may be easier to guess than the control facts that stand in for them."""
 
     @property
     def blind(self) -> bool:
@@ -46,8 +49,13 @@ class Finding:
 
     @property
     def found(self) -> bool:
+        """True when the residue is above the floor after correction for the number of channels."""
+        return self.positive and bool(self.residue.simultaneous.low > self.floor)
+
+    @property
+    def positive(self) -> bool:
         """True when the residue is above zero after correction for the number of channels."""
-        sure = self.p_adjusted < LEVEL and self.residue.simultaneous.low > 0
+        sure = self.p_adjusted < LEVEL and bool(self.residue.simultaneous.low > 0)
         return self.grounded and self.residue.testable and sure
 
     @property
@@ -106,8 +114,9 @@ def decide(findings: Mapping[str, Finding], hurt: Damage, n_facts: int, n_subjec
     2. The unlearned model says at least half of what the original says: *known*.
     3. Less than half of the retain facts' value is left: *damaged*; what was lost with everything is not forgotten.
        The residue beside it is that of rules 4 to 6: a broken model may still hold what it cannot say.
-    4. A channel finds a residue (Holm-adjusted p < 0.05, simultaneous interval above 0, not within the margin): the one
-       with the highest simultaneous lower limit decides. *suppressed* from half on, *partly erased* below.
+    4. A channel finds a residue (Holm-adjusted p < 0.05, simultaneous interval above 0, or above the margin without a
+       reference, and not wholly within the margin): the one with the highest simultaneous lower limit decides.
+       *suppressed* from half on, *partly erased* below.
     5. At least two channels may vote, and every one of them, and *say*, ends below the margin: *no residue found*.
     6. Otherwise *inconclusive*.
     """
@@ -149,13 +158,19 @@ def _inside(findings: Mapping[str, Finding], spoken: str) -> Decision:
         return Decision("inconclusive", "say", reason, "say")
     worst = max((*voters, findings["say"]), key=lambda f: f.residue.residue.high)
     if not worst.silent:
-        unsure = f"cannot rule out a residue of up to {worst.residue.residue.high:.0%}; more facts would help"
-        reason = f"{worst.name} finds nothing sure but {unsure}"
-        return Decision("inconclusive", worst.name, reason, worst.name)
+        return Decision("inconclusive", worst.name, _unsure(worst), worst.name)
     hardest = max(voters, key=lambda f: f.residue.residue.high)
     most = f"{hardest.residue.residue.high:.0%}"
     reason = f"none of {len(voters)} channels that see planted residues finds more than {most}"
     return Decision("no_residue_found", hardest.name, reason, hardest.name)
+
+
+def _unsure(finding: Finding) -> str:
+    if finding.positive:
+        guessed = "facts that are easier to guess than the control facts; a reference would tell"
+        return f"{finding.name} finds {finding.residue.residue.estimate:.0%}, but so might it of {guessed}"
+    high = f"{finding.residue.residue.high:.0%}"
+    return f"{finding.name} finds nothing sure but cannot rule out a residue of up to {high}; more facts would help"
 
 
 def _finds(finding: Finding) -> str:

@@ -49,7 +49,8 @@ def findings(chosen: Sequence[Channel], seed: int, measured: Measured) -> dict[s
         seconds[name] = round(sum(float(ds.attrs["seconds"]) for ds in mine.values()), 3)
     tested = {name: r.testable and grounded[name] for name, r in found.items()}
     adjusted = adjust({name: r.p_value if tested[name] else float("nan") for name, r in found.items()})
-    return {n: Finding(n, found[n], copies[n], adjusted[n], seconds[n], grounded[n]) for n in found}
+    floor = 0.0 if referenced else MARGIN
+    return {n: Finding(n, found[n], copies[n], adjusted[n], seconds[n], grounded[n], floor) for n in found}
 
 
 def summarise(

@@ -48,6 +48,7 @@ SEEN = {
         "llama-6",
         "gpt2-7",
     ),
+    "without a reference a residue must be above 0.2 to be found": ("llama-5", "llama-6", "gpt2-7"),
 }
 """Rules that were made after looking at some worlds: figures on those are not held out from the rule."""
 

@@ -70,6 +70,14 @@ def test_a_residue_within_the_margin_is_none_however_sure():
     assert verdict(finding("lens", 0.19, 0.02))[0] == "partly_erased"
 
 
+def test_without_a_reference_a_residue_must_be_above_the_margin():
+    for estimate, word in ((0.29, "inconclusive"), (0.31, "partly_erased"), (0.7, "suppressed")):
+        held = replace(finding("lens", estimate), floor=0.2)  # the simultaneous interval is +- 0.1
+        assert verdict(held)[:2] == (word, "lens")
+        assert ("easier to guess than the control facts" in verdict(held)[2]) == (word == "inconclusive")
+    assert verdict(replace(finding("lens", 0.25, 0.2), floor=0.2))[2].startswith("lens finds nothing sure")
+
+
 def test_a_residue_must_pass_holm_and_the_simultaneous_interval():
     assert verdict(finding("lens", 0.6, 0.2, p=0.049))[0] == "suppressed"
     assert verdict(finding("lens", 0.6, 0.2, p=0.051))[0] == "inconclusive"

@@ -87,7 +87,9 @@ def test_the_share_right_is_told_world_by_world(page):
     assert counts[0][0] + counts[1][0] == counts[2][0] == 12 and counts[2][1] == 16
 
 
-@pytest.mark.parametrize(("world", "held_out"), [("llama-1", [False, True]), ("llama-3", [True, False])])
+@pytest.mark.parametrize(
+    ("world", "held_out"), [("llama-1", [False, True, True]), ("llama-3", [True, False, True]), ("llama-8", [True] * 3)]
+)
 def test_it_says_from_which_rules_its_worlds_are_held_out(summary, world, held_out):
     limits = section(rendered({**summary, "worlds": [world]}), "What this page does not prove")
     told = [line for line in limits.splitlines() if ": made on llama-" in line]
