@@ -1,5 +1,5 @@
 """Comparisons and interventions: what the models show before, after, and where there is nothing to find."""
 
-from lethescope.analyses import compress, patch, relearn
+from lethescope.analyses import compress, emphasis, jogging, patch, relearn
 
-CHANNELS = {channel.name: channel for channel in (patch.CHANNEL, relearn.CHANNEL, compress.CHANNEL)}
+CHANNELS = {module.CHANNEL.name: module.CHANNEL for module in (patch, relearn, compress, emphasis, jogging)}

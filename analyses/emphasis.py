@@ -338,7 +338,7 @@ CHANNEL = Channel(
     scale="probability",
     citation=CITATION,
     budgets={
-        "quick": {"templates": ("quoted", "attention", "repeated", "starred")},
+        "quick": {"templates": ("quoted", "attention")},
         "standard": {"templates": tuple(TEMPLATES)},
         "thorough": {"templates": tuple(TEMPLATES)},
     },

@@ -1,5 +1,5 @@
 """Instruments that look at one model: a model and facts in, a labelled array out. One a file."""
 
-from lethescope.probes import lens, readout, say
+from lethescope.probes import landscape, lens, readout, say
 
-CHANNELS = {channel.name: channel for channel in (say.CHANNEL, readout.CHANNEL, lens.CHANNEL)}
+CHANNELS = {module.CHANNEL.name: module.CHANNEL for module in (say, readout, lens, landscape)}

@@ -121,11 +121,14 @@ def _by_candidate(fact: Fact, column: dict[str, int], log_p: np.ndarray, width: 
 
 
 def _accuracies(x: np.ndarray, labels: np.ndarray, seed: int) -> tuple[float, float]:
-    """Cross-validated accuracy on the labels and on the labels shuffled."""
+    """Cross-validated accuracy on the labels and on the labels shuffled; NaN where half the facts are one a class."""
     folds = StratifiedKFold(2, shuffle=True, random_state=seed)
 
     def accuracy(y: np.ndarray) -> float:
-        return float(np.mean([_probe().fit(x[a], y[a]).score(x[b], y[b]) for a, b in folds.split(x, y)]))
+        halves = list(folds.split(x, y))
+        if any(len(a) <= len(set(y[a])) for a, _ in halves):
+            return float("nan")
+        return float(np.mean([_probe().fit(x[a], y[a]).score(x[b], y[b]) for a, b in halves]))
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # an answer with one fact in a fold has no covariance of its own

@@ -80,6 +80,12 @@ def test_relations_and_answers_that_cannot_be_learnt_are_not_guessed(planted):
     assert np.isnan(bern).tolist() == [[False, False]] * 3 + [[True, True]]
 
 
+def test_two_facts_an_answer_are_read_but_too_few_to_cross_validate(planted):
+    ds = readout.measure(planted, city_facts(retain=8, forget=8), least=8)
+    assert ds["score"].notnull().all()
+    assert ds["accuracy"].isnull().all()
+
+
 def test_it_never_trains_on_forget_facts(make_model, some_facts):
     model = make_model()
     swapped = [
