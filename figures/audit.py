@@ -31,7 +31,9 @@ def of_audit(
     drawn = {"residue": residue.paper(verdict, width=width, margin=verdict.get("margin", MARGIN))}
     for channel in dict.fromkeys(name for name, _ in measurements):
         of_roles = {role: ds for (name, role), ds in measurements.items() if name == channel}
-        if not {"original", "unlearned"} <= of_roles.keys() or not np.isfinite(of_roles["original"]["score"]).any():
+        if not {"original", "unlearned"} <= of_roles.keys() or "place" not in of_roles["original"].dims:
+            continue  # a section, which has its own figure
+        if not np.isfinite(of_roles["original"]["score"]).any():
             continue
         if "layer" in of_roles["original"].coords:
             null, name = _null_of(of_roles)

@@ -33,8 +33,11 @@ _CHANNELS = {
     "patch": "#bd1f01",
     "relearn": "#a96b59",
     "compress": "#92dadd",
+    "landscape": "#717581",
+    "emphasise": "#e76300",
+    "context": "#b9ac70",
 }
-_SPARE = ("#e76300", "#b9ac70", "#717581", "#94a4a2")
+_SPARE = ("#94a4a2", "#a4a8af", "#5a5d63")
 
 
 class Look(NamedTuple):

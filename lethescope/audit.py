@@ -15,6 +15,7 @@ from lethescope.errors import InputError
 from lethescope.facts import Fact, Facts, check_facts, facts_hash, read_facts
 from lethescope.models import Model, load
 from lethescope.scoring import candidates
+from lethescope.sections import SECTIONS, in_numbers
 from lethescope.summary import VERSION, as_json, evidence, findings, summarise
 
 CHANNELS: dict[str, Channel] = {**probes.CHANNELS, **analyses.CHANNELS}
@@ -65,7 +66,9 @@ class Audit:
 
     def figures(self) -> dict[str, Any]:
         """Draw every figure that this audit's channels allow."""
-        return figures.of_audit(self.summary, self.measurements)
+        shown = {name: _of(self.measurements, name) for name in self.summary["sections"]}
+        drawn = {name: SECTIONS[name].draw(measured) for name, measured in shown.items()}
+        return figures.of_audit(self.summary, self.measurements) | drawn
 
     def without_references(self) -> "Audit":
         """Return the same measurements weighed as if no reference had been given: how much hangs on them?"""
@@ -109,6 +112,7 @@ def audit(
     *,
     references: Sequence[Any] = (),
     channels: Sequence[str] | None = None,
+    sections: Sequence[str] | None = None,
     budget: str = "standard",
     seed: int = 0,
     out: str | Path | None = None,
@@ -134,6 +138,7 @@ def audit(
         facts: a facts file or folder, or facts.
         references: models that never learned the forget facts, if there are any.
         channels: which channels to run; all by default. *say* always runs.
+        sections: what else to show in the report (`lethescope.sections`): all by default, none at the budget `quick`.
         budget: `quick`, `standard` or `thorough`.
         seed: of everything random.
         out: a folder for results; a stopped audit goes on from there.
@@ -160,7 +165,7 @@ def audit(
         >>> sorted(result.evidence["channel"].unique())
         ['lens', 'say']
     """
-    chosen = _choose(channels, budget)
+    chosen, shown = _choose(channels, budget), _choose_sections(sections, budget)
     models = _load_all(original, unlearned, references, tokenizer, device, dtype)
     if not isinstance(facts, str | Path):
         asked = check_facts(facts)
@@ -172,18 +177,22 @@ def audit(
     for model in models.values():
         fidelity.check_model(model, asked)
     fidelity.check_pair(models["original"], models["unlearned"])
-    identity = _identity(models, asked, chosen, budget, seed)
+    identity = _identity(models, asked, [*chosen, *shown], budget, seed)
     if out is not None:
         runs.claim(Path(out), identity)
     store = runs.Store(Path(out) / "measurements" if out else None, Path(cache) if cache else None)
     bench = Bench(models, asked, budget, seed, store)
-    measurements = measure_all(bench, chosen, engine=engine, progress=progress)
+    measurements = measure_all(bench, chosen, shown, engine=engine, progress=progress)
     described = {role: {**m.described(), "approximate": m.approximate} for role, m in models.items()}
     result = _conclude(described, asked, measurements, chosen, budget, seed)
     result.summary["facts"]["path"] = str(facts) if isinstance(facts, str | Path) else ""
     if out is not None:
         result.save(out)
     return result
+
+
+def _of(measurements: Mapping[tuple[str, str], xr.Dataset], name: str) -> dict[str, xr.Dataset]:
+    return {role: ds for (channel, role), ds in measurements.items() if channel == name}
 
 
 def _conclude(
@@ -198,6 +207,7 @@ def _conclude(
     found = findings(chosen, seed, measurements)
     not_run = [f"channel {name}" for name in CHANNELS if name not in found]
     told = summarise(models, facts, found, measurements, not_run=not_run, budget=budget, seed=seed)
+    told["sections"] = in_numbers(measurements)
     return Audit(told, evidence(found, facts, measurements), facts, dict(measurements))
 
 
@@ -208,6 +218,14 @@ def _choose(channels: Sequence[str] | None, budget: str) -> list[Channel]:
     if unknown:
         raise InputError(f"unknown channel {unknown[0]!r}; there are {', '.join(CHANNELS)}")
     return [c for name, c in CHANNELS.items() if channels is None or name in channels or name == "say"]
+
+
+def _choose_sections(sections: Sequence[str] | None, budget: str) -> list[Channel]:
+    unknown = [name for name in sections or () if name not in SECTIONS]
+    if unknown:
+        raise InputError(f"unknown section {unknown[0]!r}; there are {', '.join(SECTIONS)}")
+    names = sections if sections is not None else () if budget == "quick" else SECTIONS
+    return [SECTIONS[name].probe for name in names]
 
 
 def _load_all(

@@ -17,8 +17,8 @@ from lethescope.models import Model
 from lethescope.subjects.planted import PLANTED
 
 
-class NotPlanted(Exception):
-    """A planted copy could not be made to fall silent; its channels are blind, and the audit goes on."""
+class NotMeasured(Exception):
+    """A copy could not be planted, or a section does not suit these models: the audit goes on without this cell."""
 
 
 class Cell(NamedTuple):
@@ -47,7 +47,7 @@ class Bench:
         """Return the model of a role; a planted copy is made when it is first needed.
 
         Raises:
-            NotPlanted: the copy could not be silenced.
+            NotMeasured: the copy could not be silenced.
         """
         if role in self.models:
             return self.models[role]
@@ -57,12 +57,12 @@ class Bench:
             try:
                 module = plant(original.module, original.tokenizer, self.facts)
             except InputError as error:
-                raise NotPlanted(str(error)) from error
+                raise NotMeasured(str(error)) from error
             self.made[role] = Model(module, original.tokenizer, role, f"made from {original.path}")
         return self.made[role]
 
     def measure(self, cell: Cell) -> xr.Dataset | None:
-        """Return the Measurement of a cell, from the store or computed now; None where its copy cannot be planted.
+        """Return the Measurement of a cell, from the store or computed now; None where there can be none.
 
         Raises:
             InputError: the measurement itself cannot be made.
@@ -70,7 +70,7 @@ class Bench:
         try:
             key = runs.key(**self._parts(cell))
             return self.store.cell(cell.channel.name, cell.role, key, lambda: self._compute(cell))
-        except NotPlanted:
+        except NotMeasured:
             return None
 
     def _given(self, cell: Cell) -> Facts:
@@ -110,7 +110,7 @@ class Bench:
             device=str(model.device),
             seed=self.seed,
             citation=channel.citation,
-            units="nats per answer token",
+            units=found.attrs.get("units", "nats per answer token"),
             scale=channel.scale,
             **vars(cost),
         )
@@ -119,12 +119,14 @@ class Bench:
 def measure_all(
     bench: Bench,
     channels: Sequence[Channel],
+    sections: Sequence[Channel] = (),
     *,
     engine: Literal["local", "ray"] = "local",
     progress: bool | None = None,
 ) -> dict[tuple[str, str], xr.Dataset]:
-    """Measure every channel on every role; (channel, role) -> Measurement."""
+    """Measure every channel on every role, and the sections on the models given; (channel, role) -> Measurement."""
     cells = [Cell(channel, role) for role in bench.roles() for channel in channels]
+    cells += [Cell(section, role) for section in sections for role in bench.models]
     hidden = None if progress is None else not progress  # None hides the bar where there is no terminal
     found: dict[tuple[str, str], xr.Dataset] = {}
     with tqdm(total=len(cells), desc="audit", unit="cell", disable=hidden, leave=False) as bar:

@@ -17,7 +17,7 @@ class Channel:
         name: the word used everywhere (`say`, `lens` …).
         measure: `(model, facts, *, original, seed, **options) -> Dataset` with `score(fact, candidate, place)`.
         version: raised whenever the numbers change, so that stored cells are not mixed.
-        scale: how a score becomes a value (`lethescope.measurement.value`).
+        scale: how a score becomes a value (`lethescope.measurement.value`); `difference` of sections, which have none.
         citation: where the instrument comes from.
         budgets: options of `measure` for each budget.
         splits: the splits that `measure` is given; references and planted controls are given no control split.
@@ -31,7 +31,7 @@ class Channel:
     name: str
     measure: Callable[..., xr.Dataset]
     version: int
-    scale: Literal["probability", "preference"]
+    scale: Literal["probability", "preference", "difference"]
     citation: str
     budgets: Mapping[str, Mapping[str, Any]]
     splits: tuple[str, ...] = ("forget", "control")

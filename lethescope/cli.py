@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from lethescope import cli_probe
 from lethescope.errors import InputError
 
 VERDICTS = ("known", "suppressed", "partly_erased", "no_residue_found", "damaged", "inconclusive")
@@ -43,6 +44,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_validate(commands.add_parser("validate", help="how far each channel can be trusted, on a zoo"))
     _add_tofu_score(commands.add_parser("tofu-score", help="forget quality and model utility from a TOFU log"))
     _add_heads_compare(commands.add_parser("heads-compare", help="two files of retrieval-head scores, side by side"))
+    cli_probe.add(commands.add_parser("probe", help="one instrument on one model: a measurement and a figure"))
     return parser
 
 
@@ -65,6 +67,7 @@ def _add_audit(parser: argparse.ArgumentParser) -> None:
     need.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     how = parser.add_argument_group("how")
     how.add_argument("--channels", metavar="A,B", help="only these channels (say always runs)")
+    how.add_argument("--sections", metavar="A,B", help="what else to show: attribution, horizon, retrieval-heads")
     how.add_argument("--budget", default="standard", choices=("quick", "standard", "thorough"))
     how.add_argument("--device", default="auto", help="auto, cpu, cuda …")
     how.add_argument("--dtype", default="auto", help="auto, float32, bfloat16, float16")
@@ -87,6 +90,7 @@ def _audit(options: argparse.Namespace) -> int:
         options.facts,
         references=options.reference,
         channels=options.channels.split(",") if options.channels else None,
+        sections=options.sections.split(",") if options.sections else None,
         budget=options.budget,
         seed=options.seed,
         out=options.out,

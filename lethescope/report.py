@@ -47,6 +47,7 @@ def render(
     """
     figures = dict(figures or {})
     forest = figures.pop("residue", None)
+    sections = [_section(name, told, figures.pop(name, None)) for name, told in verdict.get("sections", {}).items()]
     return _template("report.html.j2").render(
         verdict=verdict,
         told=_told(verdict),
@@ -57,6 +58,7 @@ def render(
         models=[{"role": role, "path": "", "approximate": False, **model} for role, model in _models(verdict)],
         forest=forest and _image(forest),
         figures=[(name, FIGURE_NOTES.get(name, Shown(name, "")), _image(figure)) for name, figure in figures.items()],
+        sections=sections,
         splits=list(_fact_tables(verdict, evidence, facts)),
         command=command(verdict),
     )
@@ -135,6 +137,7 @@ def command(verdict: Mapping[str, Any]) -> str:
     parts.append(f"--facts {shlex.quote(str(verdict.get('facts', {}).get('path') or 'FACTS.jsonl'))}")
     names = ",".join(channel["name"] for channel in verdict.get("channels", ()))
     parts += [f"--channels {shlex.quote(names)}"] if names else []
+    parts += [f"--sections {shlex.quote(','.join(verdict['sections']))}"] if verdict.get("sections") else []
     parts += [f"--{name} {shlex.quote(str(verdict[name]))}" for name in ("budget", "seed") if name in verdict]
     return " \\\n  ".join([*parts, "--out DIR"])
 
@@ -255,6 +258,17 @@ def _image(figure: Figure) -> dict[str, str]:
     """Return a figure as the source and the alternative text of an image."""
     drawn = base64.b64encode(style.drawn_as(figure, "svg")).decode()
     return {"src": f"data:image/svg+xml;base64,{drawn}", "alt": str(figure.get_label())}
+
+
+def _section(name: str, told: Mapping[str, Mapping[str, Any]], figure: Figure | None) -> dict[str, Any]:
+    """Return one section of the report: its words, its figure, and a row of numbers for each model."""
+    names = list(dict.fromkeys(number for numbers in told.values() for number in numbers))
+    return {
+        "shown": FIGURE_NOTES.get(name, Shown(name, "")),
+        "image": figure and _image(figure),
+        "names": [number.replace("_", " ") for number in names],
+        "rows": [(role, [_digits(numbers.get(number), 2) for number in names]) for role, numbers in told.items()],
+    }
 
 
 def _fact_tables(

@@ -89,6 +89,18 @@ CHANNEL_NOTES = {
         "Whether answers come back when the weights are rounded to few bits or the smallest are pruned.",
         "Rounding undoes only small edits of weights; a suppression by large edits survives it.",
     ),
+    "landscape": Note(
+        "Whether the true answer's loss stands out at the prompt, above or below its loss at prompts nearby.",
+        "It shows that the answer is tied to these words, not that it can be said; a flat loss is not erasure.",
+    ),
+    "emphasise": Note(
+        "Whether the answer comes back when the words that it hung on in the original are stressed in the prompt.",
+        "What does not come back with these wordings may come back with others.",
+    ),
+    "context": Note(
+        "Whether other facts of the subject, examples of the relation, the answer's beginning or other words jog it.",
+        "What follows from a beginning or a hint need not have been known without it; the nulls are jogged alike.",
+    ),
 }
 """What the report says of each channel; a channel without a note is reported without one."""
 
@@ -120,6 +132,21 @@ FIGURE_NOTES = {
     "relearn": Shown(
         "Relearning",
         "Held-out answers while other forget facts are trained. What counts is the distance to the null lines.",
+    ),
+    "attribution": Shown(
+        "What the words of a prompt contribute",
+        "How much the answer's log-probability loses without each word. It shows how a prompt is used, not whether the "
+        "answer is still there.",
+    ),
+    "horizon": Shown(
+        "Up to which layer the subject is read",
+        "What the answer loses when the subject's states are overwritten after a layer. Past the horizon what is known "
+        "of the subject has moved to other words; that is not forgetting.",
+    ),
+    "retrieval-heads": Shown(
+        "Heads that read the context",
+        "Retrieval score of every head, on needles that have nothing to do with the facts. Heads that stay the same "
+        "read the context as before; what the weights hold is another matter.",
     ),
 }
 """What the report says of each figure; ``residue`` has its own place at the top."""

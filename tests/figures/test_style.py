@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import matplotlib
 import pytest
 
+from lethescope.audit import CHANNELS
 from lethescope.errors import InputError
 from lethescope.figures import audit, bands, curves, layers, residue, style
 
@@ -94,8 +95,7 @@ def test_another_kind_of_file_is_refused_and_not_written(name, tmp_path):
 
 
 def test_channels_and_roles_are_told_apart():
-    channels = ["say", "readout", "lens", "patch", "relearn", "compress"]
-    assert len({style.channel_colour(name) for name in channels}) == 6
+    assert len({style.channel_colour(name) for name in CHANNELS}) == len(CHANNELS) == 9
     looks = [style.role_look(role) for role in ("original", "unlearned", "reference-0", "planted-unembedding")]
     assert len({look.color for look in looks}) == len({look.marker for look in looks}) == 4
     assert style.channel_colour("a channel of tomorrow") == style.channel_colour("a channel of tomorrow")
