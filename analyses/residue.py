@@ -73,11 +73,11 @@ def residue(
         The residue; not testable, with NaN, where the original itself shows nothing, the references show too much
         everywhere (`LEAKS`), or no fact has a value.
     """
-    table = _Table.of(measured, role)
-    if table is None:
-        return _untestable()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # means over places where nothing was measured
+        table = _Table.of(measured, role)
+        if table is None:
+            return _untestable()
         gain_original = table.excess("original")
         mean = np.nanmean(gain_original, 0)
         allowed = np.isfinite(mean) & (mean >= SHOWS * np.nanmax(mean)) & table.tight()

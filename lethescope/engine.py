@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from typing import Any, Literal
 
 from lethescope.errors import InputError
@@ -46,7 +46,13 @@ def spread(function: Callable[[Any], Any], jobs: Sequence[Any], processes: int) 
         yield from map(function, jobs)
         return
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_one_thread) as pool:
-        yield from pool.map(function, jobs)
+        try:
+            yield from pool.map(function, jobs)
+        except BaseException:  # a stop too: do not wait for what is being computed
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in active_children():
+                worker.terminate()
+            raise
 
 
 def _one_thread() -> None:

@@ -68,8 +68,8 @@ SIZES = {
     ),
 }
 """`quick` is for `make zoo`, without distilled deleters, which take five minutes each; `full` has 72 models of pool P
-and 72 of pool N. No two sizes share a world: what was decided after looking at one can be held against another. Seeds 3 to 7
-made an earlier `standard`, on which rules were made that this one is held out from."""
+and 72 of pool N. No two sizes share a world: what was decided after looking at one can be held against another. Seeds 3
+to 7 made an earlier `standard`, on which rules were made that this one is held out from."""
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,14 @@
 """Tests of where cells are computed."""
 
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 
 from lethescope.engine import run
@@ -59,3 +63,27 @@ def test_ray_gives_what_local_gives() -> None:
         assert list(run(abs, [-3, 1, -2], engine="ray")) == list(run(abs, [-3, 1, -2]))
     finally:
         ray.shutdown()
+
+
+def test_a_stop_does_not_wait_for_the_workers(tmp_path: Path) -> None:
+    """Two workers sleep for ten minutes; the process that spread them is told to stop, and all three are gone."""
+    code = "import signal, sys, time; from lethescope.engine import spread\n"
+    code += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))\n"
+    code += "if __name__ == '__main__':\n    print('on', flush=True); list(spread(time.sleep, [0, 600, 600], 2))\n"
+    (tmp_path / "sleep.py").write_text(code, encoding="utf-8")
+    process = subprocess.Popen([sys.executable, str(tmp_path / "sleep.py")], stdout=subprocess.PIPE)
+    assert process.stdout is not None and process.stdout.readline() == b"on\n"
+    workers = _children(process.pid)
+    process.terminate()
+    assert process.wait(timeout=60) == 143
+    assert workers and not psutil.wait_procs(workers, timeout=30)[1]
+
+
+def _children(pid: int, least: int = 2) -> list[psutil.Process]:
+    """Wait until a process has workers beside multiprocessing's own tracker, and return them."""
+    for _ in range(600):
+        listed = psutil.Process(pid).children()
+        if len(listed) > least:
+            return listed
+        time.sleep(0.1)
+    return []
