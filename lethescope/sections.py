@@ -44,12 +44,19 @@ class Section:
 
 
 def in_numbers(measured: Mapping[tuple[str, str], xr.Dataset]) -> dict[str, dict[str, dict[str, float | None]]]:
-    """Return section -> role -> what `compare` says of the role beside the original, None where it is not known."""
+    """Return section -> role -> what `compare` says of the role beside the original, None where it is not known.
+
+    A model that cannot be held beside the original (other heads, other layers) is left out.
+    """
     found: dict[str, dict[str, dict[str, float | None]]] = {}
     for name, role in measured:
-        if name in SECTIONS and role != "original" and (name, "original") in measured:
+        if name not in SECTIONS or role == "original" or (name, "original") not in measured:
+            continue
+        try:
             numbers = SECTIONS[name].compare(measured[name, "original"], measured[name, role])
-            found.setdefault(name, {})[role] = {k: _known(v) for k, v in numbers.items()}
+        except InputError:
+            continue
+        found.setdefault(name, {})[role] = {k: _known(v) for k, v in numbers.items()}
     return found
 
 

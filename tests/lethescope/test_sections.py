@@ -4,13 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import xarray as xr
 
 from lethescope import audit, read_facts
 from lethescope.cells import NotMeasured
 from lethescope.errors import InputError
 from lethescope.facts import of_split
 from lethescope.models import load
-from lethescope.sections import SECTIONS
+from lethescope.sections import SECTIONS, in_numbers
 from lethescope.subjects import shipped
 
 
@@ -72,6 +73,16 @@ def test_a_model_beside_itself_is_the_same():
     told = SECTIONS["attribution"].compare(measured, measured)
     assert np.allclose([told[name] for name in ("spearman", "jaccard", "top1_agreement")], 1)
     assert 0.9 < told["keyword_mass"] <= 1
+
+
+def test_a_model_with_other_heads_is_left_out():
+    def scores(layers):
+        return xr.Dataset({"score": (("instance", "layer", "head"), np.ones((3, layers, 2)))})
+
+    measured = {("retrieval-heads", "original"): scores(2), ("retrieval-heads", "unlearned"): scores(2)}
+    told = in_numbers({**measured, ("retrieval-heads", "reference-0"): scores(3)})
+    assert list(told["retrieval-heads"]) == ["unlearned"]
+    assert told["retrieval-heads"]["unlearned"]["share_ge_0.1 after"] == 1
 
 
 def test_an_unknown_section_is_refused(few):
