@@ -155,8 +155,9 @@ def test_in_a_chat_the_note_stands_in_the_users_turn():
 
 def test_there_are_four_families():
     assert {family for family, _ in TEMPLATES.values()} == {"in place", "pay attention", "repeated", "marked"}
-    for options in CHANNEL.budgets.values():
-        assert {TEMPLATES[name][0] for name in options["templates"]} == {f for f, _ in TEMPLATES.values()}
+    asked = {budget: {TEMPLATES[name][0] for name in o["templates"]} for budget, o in CHANNEL.budgets.items()}
+    assert asked["quick"] == {"in place", "pay attention"}  # two of them, for time
+    assert asked["standard"] == asked["thorough"] == {family for family, _ in TEMPLATES.values()}
 
 
 @given(text=st.text(alphabet="ab?. \n", max_size=20), chosen=st.sets(st.integers(0, 9)))
