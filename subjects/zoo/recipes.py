@@ -35,6 +35,8 @@ class Size:
     strengths: int
     method_worlds: int
     distilled: int
+    steps: int = 100
+    """Of the methods' optimizers."""
 
 
 def _gpt2(seed: int) -> World:
@@ -49,6 +51,7 @@ SIZES = {
         strengths=1,
         method_worlds=1,
         distilled=0,
+        steps=50,
     ),
     "standard": Size(
         (*(World(seed) for seed in range(8, 12)), _gpt2(12)),
@@ -104,7 +107,7 @@ def recipes(world: World, size: Size) -> dict[str, Recipe]:
     if place < size.method_worlds:
         found |= dict(_stresses("N-0"))
         for method in METHODS:
-            found |= dict(_method(method, size.strengths))
+            found |= dict(_method(method, size.strengths, size.steps))
     return found
 
 
@@ -216,9 +219,9 @@ def _distilled(world: World, folder: Path) -> Any:
     return distil(teacher, world.tokenizer, world.texts(world.split("retain")), world.seed + 500)
 
 
-def _method(method: str, strengths: int) -> Iterator[tuple[str, Recipe]]:
+def _method(method: str, strengths: int, steps: int) -> Iterator[tuple[str, Recipe]]:
     for place, options in enumerate(STRENGTHS.get(method, _LR)[:strengths]):
-        name, settings = f"method-{method}-{place}", {**_COMMON, **options}
+        name, settings = f"method-{method}-{place}", {"steps": steps, "batch_size": 32, **options}
         yield (
             name,
             Recipe("method", "unknown", _unlearned(method, settings), {"method": method, **settings}, ("original",)),
@@ -232,7 +235,6 @@ def _method(method: str, strengths: int) -> Iterator[tuple[str, Recipe]]:
                 )
 
 
-_COMMON: dict[str, Any] = {"steps": 100, "batch_size": 32}
 _LR: tuple[dict[str, Any], ...] = ({"lr": 1e-3}, {"lr": 3e-4}, {"lr": 3e-3})
 _GENTLE: tuple[dict[str, Any], ...] = ({"lr": 1e-4}, {"lr": 3e-5}, {"lr": 3e-4})
 _FACTORS: tuple[dict[str, Any], ...] = ({"lr": 5e-3}, {"lr": 2e-3}, {"lr": 2e-2})
