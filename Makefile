@@ -3,6 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 SHIPPED := subjects/shipped
+KNOWN := P,N,suppressor,deleter
 ROOMS := lethescope probes analyses subjects figures tests benchmarks examples
 
 .PHONY: audit test test-slow test-real lint models zoo validate benchmark smollm2 clean
@@ -50,9 +51,9 @@ validate: .venv/ready  ## the standard zoo and its validation, some two hours: w
 	$(BIN)/lethescope zoo build --size standard --out $(OUT)/zoo-standard
 	$(BIN)/lethescope validate --zoo $(OUT)/zoo-standard --out $(OUT)/validation-standard --page docs/validation.md
 
-zoo: .venv/ready  ## the quick zoo, and its models of known truth audited: fails where one that holds the facts is cleared
-	$(BIN)/lethescope zoo build --size quick --out $(OUT)/zoo
-	$(BIN)/lethescope validate --zoo $(OUT)/zoo --out $(OUT)/validation --pools P,N,suppressor,deleter
+zoo: .venv/ready  ## the quick zoo's models of known truth, built and audited: fails where one that holds facts is cleared
+	$(BIN)/lethescope zoo build --size quick --out $(OUT)/zoo --pools $(KNOWN) $(if $(WORLDS),--worlds $(WORLDS))
+	$(BIN)/lethescope validate --zoo $(OUT)/zoo --out $(OUT)/validation --pools $(KNOWN)
 
 benchmark: .venv/ready
 	$(BIN)/python benchmarks/capture.py

@@ -186,6 +186,10 @@ def _add_zoo(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--out", required=True, metavar="DIR", help="folder for the zoo")
     build.add_argument("--base", default="", metavar="REF", help="start from this model instead of small ones")
     build.add_argument("--facts", default="", metavar="FILE", help="with --base: these facts, not fictitious people")
+    build.add_argument(
+        "--pools", metavar="NAMES", help="make only these and what they need, say P,N,suppressor,deleter"
+    )
+    build.add_argument("--worlds", metavar="NAMES", help="make models of these worlds only, say llama-1")
     build.add_argument("--processes", type=int, default=2, help="models made side by side")
     build.set_defaults(run=_build_zoo)
 
@@ -193,9 +197,9 @@ def _add_zoo(parser: argparse.ArgumentParser) -> None:
 def _build_zoo(options: argparse.Namespace) -> int:
     from lethescope.subjects import zoo
 
-    made = zoo.build(
-        options.out, size=options.size, base=options.base, facts=options.facts, processes=options.processes
-    )
+    given = {name: vars(options)[name] for name in ("size", "base", "facts", "processes")}
+    few = {name: vars(options)[name].split(",") for name in ("pools", "worlds") if vars(options)[name]}
+    made = zoo.build(options.out, **given, **few)
     pools = sorted({m.pool for m in made.members})
     print(f"zoo of {len(made.members)} models: {', '.join(f'{len(made.pool(p))} {p}' for p in pools)}; {made.folder}")
     return 0

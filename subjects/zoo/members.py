@@ -8,10 +8,10 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm.auto import tqdm
 
@@ -21,7 +21,7 @@ from lethescope.errors import InputError
 from lethescope.facts import facts_hash, of_split, write_facts
 from lethescope.subjects.build import one_thread
 from lethescope.subjects.silence import said
-from lethescope.subjects.zoo.recipes import SIZES, Recipe, Size, in_order, recipes
+from lethescope.subjects.zoo.recipes import SIZES, Pool, Recipe, Size, in_order, recipes
 from lethescope.subjects.zoo.worlds import World
 
 TELLS = "made.json"
@@ -68,6 +68,8 @@ def build(
     size: str = "quick",
     base: str = "",
     facts: str = "",
+    pools: Sequence[str] = (),
+    worlds: Sequence[str] = (),
     processes: int = 2,
     progress: bool | None = None,
 ) -> Zoo:
@@ -82,6 +84,8 @@ def build(
         size: `quick`, `standard` or `full`.
         base: a model to start from in place of small ones that are trained here.
         facts: a facts file in place of fictitious people; with `base` only.
+        pools: make only these, and what they are made from or held against; all where none is named.
+        worlds: make models of these only; of all where none is named.
         processes: how many models are made side by side; the weights do not depend on it.
         progress: show a bar; None shows one on a terminal only.
 
@@ -89,25 +93,39 @@ def build(
         The zoo, whole.
 
     Raises:
-        InputError: unknown size, or the folder holds another zoo, or a model did not come out as it must.
+        InputError: unknown size, pool or world, the folder holds another zoo, or a model did not come out as it must.
     """
     if size not in SIZES:
         raise InputError(f"unknown size {size!r}; use one of {', '.join(SIZES)}")
     if facts and not base:
         raise InputError("--facts goes with --base: the small models know the words of their own people only")
     folder, plan = Path(folder), _plan(SIZES[size], base, facts)
+    known = {"pool": (pools, get_args(Pool)), "world": (worlds, [world.name for world in plan.worlds])}
+    for kind, (asked, there) in known.items():
+        for name in set(asked) - set(there):
+            raise InputError(f"unknown {kind} {name!r}; use some of {', '.join(there)}")
     runs.claim(folder, {"size": size, "worlds": [_plain(world) for world in plan.worlds]}, "zoo")
-    todo = {w: {n: r for n, r in recipes(w, plan).items() if not _done(folder / w.name / n)} for w in plan.worlds}
-    for world in plan.worlds:
+    chosen = [world for world in plan.worlds if world.name in (worlds or known["world"][1])]
+    todo = {w: [n for n in _asked(recipes(w, plan), pools) if not _done(folder / w.name / n)] for w in chosen}
+    for world in chosen:
         _settle(world, folder / world.name)
     hidden = None if progress is None else not progress
     with tqdm(total=sum(map(len, todo.values())), desc="zoo", unit="model", disable=hidden) as bar:
         for stage in _stages(plan):
-            jobs = [(world, plan, name, folder) for world, name in stage if name in todo[world]]
+            jobs = [(world, plan, name, folder) for world, name in stage if name in todo.get(world, ())]
             for made in spread(_make, jobs, processes):
                 bar.set_postfix_str(made)
                 bar.update()
     return read(folder)
+
+
+def _asked(found: Mapping[str, Recipe], pools: Sequence[str]) -> list[str]:
+    """Return the models of some pools, and those that they are made from or held against."""
+    wanted = {name for name, recipe in found.items() if recipe.pool in (pools or get_args(Pool))}
+    wanted |= {found[name].original for name in wanted} | {"original", "reference"}
+    for name in reversed([name for stage in in_order(found) for name in stage]):
+        wanted |= set(found[name].needs) if name in wanted else set()
+    return [name for name in found if name in wanted]
 
 
 def read(folder: str | Path) -> Zoo:

@@ -65,6 +65,36 @@ def test_a_zoo_is_built_read_and_built_no_further(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.usefixtures("_small")
+def test_pools_are_built_with_what_they_need_and_others_can_follow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def tell_only(world: World, size: Size, name: str, folder: Path) -> str:
+        recipe = recipes(world, size)[name]
+        assert all((folder / world.name / other).is_dir() for other in recipe.needs), name
+        (folder / world.name / name).mkdir()
+        told = {"pool": recipe.pool, "truth": recipe.truth, "original": recipe.original, "how": {}, "said": {}}
+        (folder / world.name / name / building.TELLS).write_text(json.dumps(told), encoding="utf-8")
+        return name
+
+    monkeypatch.setattr(building, "make", tell_only)
+    SIZES["tiny"] = replace(TINY, worlds=(SMALL, replace(SMALL, seed=2)))
+    asked: dict[str, Any] = {"size": "tiny", "processes": 1, "progress": False, "worlds": ("llama-1",)}
+    few = build(tmp_path, **asked, pools=("deleter",))
+    assert {m.name for m in few.members} == {
+        *("deleter-adapter", "deleter-retrained", "base", "N-0", "original", "original-adapter", "reference")
+    }
+    assert {m.world for m in few.members} == {"llama-1"} and all(m.original.is_dir() for m in few.members)
+    more = build(tmp_path, **asked, pools=("suppressor",))
+    assert {m.name for m in more.members} - {m.name for m in few.members} == {"suppressor-last_block"}
+    stressed = build(tmp_path / "other", **asked, pools=("stressed",))
+    names = {m.name for m in stressed.members}
+    assert names >= {"method-graddiff-0", "stressed-int4-graddiff", "N-0-relearned", "N-0", "original"}
+    assert not any(name.startswith(("P-", "suppressor-", "N-1")) for name in names)
+    whole = build(tmp_path, **{**asked, "worlds": ()})
+    assert len(whole.members) == sum(len(recipes(w, SIZES["tiny"])) for w in SIZES["tiny"].worlds)
+
+
+@pytest.mark.usefixtures("_small")
 def test_a_stopped_build_goes_on_and_half_a_model_is_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, whole = tmp_path / "zoo", building._save
     few = {name: r for name, r in recipes(SMALL, TINY).items() if name in {"base", "original", "reference", "N-0"}}
@@ -147,6 +177,10 @@ def test_a_model_that_did_not_come_out_is_refused(tmp_path: Path) -> None:
 def test_bad_input_is_told_in_one_line(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="unknown size 'huge'; use one of quick, standard, full"):
         build(tmp_path, size="huge")
+    with pytest.raises(InputError, match="unknown pool 'Q'; use some of base, original, reference, P, N, suppressor"):
+        build(tmp_path, pools=("P", "Q"))
+    with pytest.raises(InputError, match="unknown world 'llama-3'; use some of llama-1, llama-2"):
+        build(tmp_path, worlds=("llama-3",))
     with pytest.raises(InputError, match="--facts goes with --base"):
         build(tmp_path, facts="some.jsonl")
     with pytest.raises(InputError, match="holds no zoo"):
