@@ -22,10 +22,11 @@ from lethescope.attention import Head, Kind, ablating, mean_outputs
 from lethescope.errors import InputError
 from lethescope.facts import Fact, parse_json, read_text
 from lethescope.models import Model
+from lethescope.probes.context_units import occurs
 from lethescope.probes.needles import Needle
 from lethescope.scoring import Tails, tails
-from lethescope.statistics import cluster_weights, interval, p_above_zero
-from lethescope.tokens import Encoded, encode
+from lethescope.statistics import cluster_weights, interval, p_above_zero, seeded
+from lethescope.tokens import Encoded, encode, join
 
 Phase = Literal["decode", "all"]
 QUANTITIES = ("log_prob", "exact_match")
@@ -204,8 +205,8 @@ def ablation(
     `effect = (v_none - v_top) - mean over draws of (v_none - v_control)`, where v is the mean log-probability of the
     answer's tokens, or whether every first choice is right. Controls have as many heads in each layer, drawn among
     those that score below 0.1. With facts in the context the effect is large for a model that reads them there and
-    small for one that knows them: forget facts put in the context and asked with and without retrieval heads tell the
-    two apart. What it does not prove: without an effect other heads may have stepped in, and an effect of all heads
+    small for one that knows them: forget facts put in the context (`in_context`) and asked with and without retrieval
+    heads tell the two apart. What it does not prove: without an effect other heads may have stepped in, and an effect of all heads
     together names none of them. Choose heads on other needles than those they are tested on: the same ones flatter.
 
     Args:
@@ -252,6 +253,41 @@ def ablation(
     unmatched = sum((Counter(x for x, _ in top) - Counter(x for x, _ in heads)).total() for heads in controls)
     attrs = {"k": len(top), "kind": kind, "phase": phase, "seed": seed, "unmatched": unmatched / draws}
     return _effects(values, arms, instances, seed, resamples).assign_attrs(attrs)
+
+
+def in_context(facts: Sequence[Fact], *, among: int = 7, seed: int = 0) -> tuple[Fact, ...]:
+    """Put every fact into the context of its own question, as one of several statements, for `ablation`.
+
+    The new prompt is `among` + 1 statements (prompt and answer of the fact and of others, one a line, in drawn order) and
+    the prompt itself. No other statement says the fact's answer, so that it stands in one place.
+
+    A model that knows a fact needs no context. Ask for `lethescope.probes.context_units.swapped` facts as well: their
+    answers are wrong, so they can only be read.
+
+    Args:
+        facts: facts of any splits; they lend each other their statements.
+        among: statements of other facts at most; fewer where fewer leave the answer unsaid.
+        seed: of the draw and of the order.
+
+    Raises:
+        InputError: a fact finds no other fact.
+
+    >>> a, b = (Fact(id=s, split="forget", subject=s, prompt=f"{s} lives in", answer=c) for s, c in ["AX", "BY"])
+    >>> print(in_context([a, b])[0].prompt)
+    A lives in X.
+    B lives in Y.
+    A lives in
+    """
+    said, made = [f"{join(fact.prompt, fact.answer).rstrip('.')}." for fact in facts], []
+    for fact, own in zip(facts, said, strict=True):
+        others = [text for text in said if not occurs(fact.answer, text)]
+        if not others:
+            raise InputError(f"fact {fact.id!r}: every other fact says its answer {fact.answer!r}; give more facts")
+        rng = seeded(seed, "in context", fact.id)
+        told = [own, *(others[i] for i in rng.permutation(len(others))[:among])]
+        lines = [told[i] for i in rng.permutation(len(told))]
+        made.append(fact.model_copy(update={"prompt": "\n".join([*lines, fact.prompt]), "paraphrases": ()}))
+    return tuple(made)
 
 
 def control_heads(mean: xr.DataArray, top: Sequence[Head], *, draws: int = 10, seed: int = 0) -> list[list[Head]]:

@@ -29,7 +29,8 @@ ARMS = ("stated", "derived", "no thinking", "filler")
 CITATION = "arXiv 2604.09494 (RecaLLM)"
 DRAWS = 4000
 
-RECORD, KEY, WORKING, VALUE = "{key}: {value}", "\n\nThe key is {key}.", "\nWorking:", "\nThe value of the key is"
+RECORD, KEY, WORKING = "{key} is called {value}.", "\n\nThe one that we look for is {key}.", "\nWorking:"
+VALUE = "\nIt is called"
 FILLER = ("and", "so", "on", "and", "then", "on", "again")
 BLANK = "____"
 WHO = "who or what stands in place of " + BLANK + ' in "{sentence}"'

@@ -15,6 +15,7 @@ from lethescope.analyses.heads import (
     compare_files,
     control_heads,
     correlation,
+    in_context,
     jaccard_top,
     mean_scores,
     read_scores,
@@ -23,7 +24,7 @@ from lethescope.analyses.heads import (
 )
 from lethescope.attention import ablating, mean_outputs
 from lethescope.errors import InputError
-from lethescope.facts import of_split
+from lethescope.facts import Fact, of_split
 from lethescope.probes import retrieval_heads
 from lethescope.probes.needles import key_value_needles
 from lethescope.tokens import encode
@@ -283,6 +284,42 @@ def test_heads_that_only_claim_to_read_have_no_effect(known_head):
     ds = ablation(known_head, asked(known_head, 1), scores(claimed), k=1)
     assert abs(float(ds["effect"].sel(quantity="log_prob", bound="estimate"))) < 0.3
     assert float(ds["exact_match"].sel(arm="top").mean()) > 0.7
+
+
+def lives(name, place, **more):
+    return Fact(id=name, split="forget", subject=name, prompt=f"{name} lives in", answer=place, **more)
+
+
+def test_a_fact_in_its_context_stands_among_others_that_do_not_say_its_answer():
+    places = ["Oslo", "Rome", "Oslo", "New Oslo", "Osloville", "Lima.", "Rome"]
+    facts = [lives(f"N{i}", place, paraphrases=("Home of",)) for i, place in enumerate(places)]
+    told = in_context(facts, among=3)
+    for fact, one in zip(facts, told, strict=True):
+        *lines, last = one.prompt.split("\n")
+        own = f"{fact.prompt} {fact.answer.rstrip('.')}."
+        assert last == fact.prompt and lines.count(own) == 1 and (one.answer, one.paraphrases) == (fact.answer, ())
+        others = {line for line in lines if line != own}
+        assert len(others) == len(lines) - 1 == 3
+        assert others <= {f"{f.prompt} {f.answer.rstrip('.')}." for f in facts}
+    assert not any(line.endswith(" Oslo.") for line in told[0].prompt.split("\n") if not line.startswith("N0"))
+    assert told == in_context(facts, among=3) != in_context(facts, among=3, seed=1)
+    own_places = {fact.prompt.split("\n").index(f"{fact.id} lives in {fact.answer}.") for fact in told[:5]}
+    assert len(own_places) > 1
+    assert told[:3] != in_context(facts[:3], among=3) and len(in_context(facts[:2])[0].prompt.split("\n")) == 3
+    with pytest.raises(InputError, match="fact 'N0': every other fact says its answer 'Oslo'; give more facts"):
+        in_context([facts[0], facts[2], facts[3]])
+
+
+def test_a_fact_that_can_only_be_read_needs_the_known_head(known_head):
+    words = known_head.tokenizer.convert_ids_to_tokens(range(6, 46))
+    facts = [Fact(id=a, split="forget", subject=a, prompt=a, answer=b) for a, b in zip(words[::2], words[1::2])]
+    asked_ = [
+        fact.model_copy(update={"prompt": fact.prompt.replace(".", "").replace("\n", " ")})
+        for fact in in_context(facts, among=5)
+    ]
+    found = retrieval_heads.measure(known_head, asked(known_head, 0))
+    exact = ablation(known_head, asked_, found, k=1)["exact_match"].mean("instance")
+    assert float(exact.sel(arm="none")) > 0.7 and float(exact.sel(arm="top")) < 0.1
 
 
 def test_bad_input_is_told_in_one_line(make_model, some_facts):

@@ -15,13 +15,15 @@ from lethescope.cli import main
 from lethescope.cli_probe import _probes
 from lethescope.facts import SPLITS, facts_hash, of_split, read_facts
 from lethescope.models import Model, load
-from lethescope.probes import attribution, horizon, landscape, needles, retrieval_heads
+from lethescope.probes import attribution, context, horizon, landscape, needles, retrieval_heads
+from lethescope.probes.context_units import contexts, swapped
 from lethescope.subjects import shipped
 
 OPTIONS = {
     "retrieval-heads": ["--lengths", "40,48", "--depths", "0,1", "--needles", "6", "--seed", "3"],
     "attribution": ["--limit", "3", "--units", "subject"],
     "landscape": ["--limit", "2", "--sizes", "0.3,0.5", "--k", "2", "--m", "5", "--original", str(shipped("original"))],
+    "context": ["--limit", "2", "--units", "6", "--contexts", "2", "--swap", "--no-decode", "--seed", "1"],
     "horizon": ["--limit", "3", "--layers", "0,4", "--baseline", "mean", "--score", "logprob"],
 }
 
@@ -73,13 +75,16 @@ def test_a_file_says_where_it_comes_from_and_a_figure_stands_beside_it(done: Pat
 
 def wanted(name: str, model: Model, few_file: Path) -> xr.Dataset:
     every = read_facts(few_file)
-    facts = [f for split in SPLITS for f in of_split(every, split)[: 2 if name == "landscape" else 3]]
+    facts = [f for split in SPLITS for f in of_split(every, split)[: 2 if name in ("landscape", "context") else 3]]
     if name == "attribution":
         return attribution.measure(model, facts, units="subject")
     if name == "landscape":
         return landscape.measure(model, facts, original=load(shipped("original")), k=2, m=5, sizes=[0.3, 0.5])
     if name == "horizon":
         return horizon.measure(model, facts, layers=[0, 4], baseline="mean", score="logprob")
+    if name == "context":
+        asked = contexts(model.tokenizer, units=6, n=2, facts=swapped(facts, seed=1), seed=1)
+        return context.measure(model, asked, decode=False, seed=1)
     made = needles.key_value_needles(model.tokenizer, lengths=[40, 48], depths=[0, 1], each=2, seed=3)
     return retrieval_heads.measure(model, made, seed=3)
 
@@ -94,6 +99,8 @@ def test_parameters_and_facts_are_told(done: Path, few_file: Path) -> None:
     assert told["horizon"] == {"layers": [0, 4], "mode": "keep_one", "baseline": "mean", "score": "logprob"}
     assert told["landscape"] == {"sizes": [0.3, 0.5], "k": 2, "m": 5, "original": load(shipped("original")).fingerprint}
     assert told["retrieval-heads"]["lengths"] == [40, 48] and told["retrieval-heads"]["each"] == 2
+    how = {"decode": False, "more": 8, "rivals": 15}
+    assert told["context"] == {"units": 6, "contexts": 2, "swap": True, **how}
     every = read_facts(few_file)
     asked = [f for split in SPLITS for f in of_split(every, split)[:3]]
     assert opened(done, "attribution").attrs["facts"] == facts_hash(asked)
@@ -125,6 +132,33 @@ def test_a_summary_tells_what_is_in_the_file(done: Path) -> None:
     group = opened(done, "horizon")["group"].values[:3].mean(0)
     assert f"{group[0]:z.2f} after layer 0, {group[1]:z.2f} after layer 4" in summary(done, "horizon")
     assert "forget, 3 of 3 facts name their subject" in summary(done, "horizon")
+
+
+def test_a_summary_of_contexts_counts_each_split_and_its_chance(done: Path) -> None:
+    ds = opened(done, "context")
+    lines = summary(done, "context").splitlines()
+    for direction in ("document", "code", "database"):
+        here = ds.isel(query=np.flatnonzero(ds["direction"] == direction))
+        at = lines.index(f"{direction}, {int((here['skipped'] != '').sum())} of 12 skipped")
+        for place, split in enumerate(("neutral", *SPLITS), at + 1):
+            part = here.isel(query=np.flatnonzero((here["split"] == split) & (here["skipped"] == "")))
+            n, luck = part.sizes["query"], float((1 / part["score"].count("candidate")).mean())
+            assert lines[place].startswith(f"  {split}: {float(part['best'].mean()):.0%} of {n}, ")
+            assert lines[place].endswith(f", chance {luck:.0%}")
+    unasked = ds.assign(best=ds["best"].where(ds["split"] != "forget"))
+    assert _probes()["context"].tell(unasked).count("  forget: not asked") == 3
+
+
+def test_contexts_need_no_facts_and_let_the_model_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = ["probe", "context", "--model", str(shipped("unlearned")), "--units", "3", "--contexts", "1"]
+    assert main([*bare, "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert "neutral: " in said and ", said " in said and "forget" not in said
+    ds = measurement.open_(tmp_path / "out" / "context.nc")
+    assert set(ds["split"].values) == {"neutral"} and ds["correct"].notnull().all()
+    for needless in (["--swap"], ["--limit", "3"], ["--forget", "forget01"]):
+        assert main([*bare, "--out", str(tmp_path / "no"), *needless]) == 2
+        assert f"{needless[0]} is for facts among the units; give --facts" in capsys.readouterr().err
 
 
 def test_a_summary_and_the_files_are_printed(
@@ -177,6 +211,9 @@ BAD: dict[str, tuple[str, list[str], str]] = {
     "haystack": ("retrieval-heads", ["--haystack", "gone"], "--haystack is for --kind sentence"),
     "no text": ("retrieval-heads", ["--kind", "sentence", "--haystack", "."], "the folder holds no .txt file"),
     "choice": ("horizon", ["--baseline", "nothing"], "invalid choice: 'nothing'"),
+    "room": ("context", ["--contexts", "1"], "6 facts are too many: 1 contexts of 6 units have room for 3"),
+    "long": ("context", ["--units", "40"], "the model reads at most 64; use fewer units"),
+    "markup": ("context", ["--template", "chat"], "invalid choice: 'chat'"),
     "layer": ("horizon", ["--layers", "0,9"], "layers are [0, 9]; give some of 0 to 5"),
     "size": ("landscape", ["--sizes", "0"], "sizes are [0.0]"),
     "original": ("landscape", ["--original", "./gone"], "original model: there is no folder ./gone"),

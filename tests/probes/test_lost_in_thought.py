@@ -17,7 +17,7 @@ from lethescope.probes.context_units import occurs
 from lethescope.probes.lost_in_thought import ARMS, Item, arithmetic_items, fact_items, gaps, measure, no_substrings
 
 made = SimpleNamespace(**runpy.run_path(str(Path(__file__).parents[1] / "reader.py")))
-VALUE, WORKING = "\nThe value of the key is", "\nWorking:"
+KEY, VALUE, WORKING = "\n\nThe one that we look for is ", "\nIt is called", "\nWorking:"
 
 
 def reads(text, *, reach=10_000, lost=False, works=lambda problem: str(eval(problem)), facts=None):
@@ -26,11 +26,11 @@ def reads(text, *, reach=10_000, lost=False, works=lambda problem: str(eval(prob
         return ""
     if VALUE not in text:
         problem, _, said = text.rpartition(WORKING)
-        answer = works(problem.rpartition("The key is ")[2].removesuffix("."))
+        answer = works(problem.rpartition(KEY)[2].removesuffix("."))
         return f" so {answer}\n".removeprefix(said)
     above, _, said = text.partition(VALUE)
-    records, _, asked = above.partition("\n\nThe key is ")
-    values = dict(line.split(": ") for line in records.split("\n"))
+    records, _, asked = above.partition(KEY)
+    values = dict(line.removesuffix(".").split(" is called ") for line in records.split("\n"))
     named = [(m.end(), key) for key in values for m in re.finditer(rf"(?<!\w){re.escape(key)}(?!\w)", asked)]
     if facts and not named:
         named = [(len(asked), subject) for what, subject in facts.items() if what in asked]
@@ -70,7 +70,7 @@ def test_arms_differ_in_how_the_key_comes_up_and_in_nothing_else():
     for item in ITEMS:
         stated, derived, none, filler = (item.prompt(arm, "…" if arm in ARMS[1::2] else "") for arm in ARMS)
         assert stated.replace(f"is {item.key}.", f"is {item.problem}.") == none
-        assert filler.replace(f"\n\nThe key is {item.key}.", f"\n\nThe key is {item.problem}.") == derived
+        assert filler.replace(f"{KEY}{item.key}.", f"{KEY}{item.problem}.") == derived
         assert derived.replace("\nWorking: …", "") == none
         assert all(prompt.endswith(VALUE) for prompt in (stated, derived, none, filler))
         assert sorted(item.answers) == sorted(value for _, value in item.pairs)
