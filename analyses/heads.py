@@ -206,8 +206,9 @@ def ablation(
     answer's tokens, or whether every first choice is right. Controls have as many heads in each layer, drawn among
     those that score below 0.1. With facts in the context the effect is large for a model that reads them there and
     small for one that knows them: forget facts put in the context (`in_context`) and asked with and without retrieval
-    heads tell the two apart. What it does not prove: without an effect other heads may have stepped in, and an effect of all heads
-    together names none of them. Choose heads on other needles than those they are tested on: the same ones flatter.
+    heads tell the two apart. What it does not prove: without an effect other heads may have stepped in, and an effect
+    of all heads together names none of them. Choose heads on other needles than those they are tested on: the same ones
+    flatter.
 
     Args:
         model: any language model whose attention goes through transformers' attention interface.
@@ -258,8 +259,8 @@ def ablation(
 def in_context(facts: Sequence[Fact], *, among: int = 7, seed: int = 0) -> tuple[Fact, ...]:
     """Put every fact into the context of its own question, as one of several statements, for `ablation`.
 
-    The new prompt is `among` + 1 statements (prompt and answer of the fact and of others, one a line, in drawn order) and
-    the prompt itself. No other statement says the fact's answer, so that it stands in one place.
+    The new prompt is `among` + 1 statements (prompt and answer of the fact and of others, one a line, in drawn order)
+    and the prompt itself. No other statement says the fact's answer, so that it stands in one place.
 
     A model that knows a fact needs no context. Ask for `lethescope.probes.context_units.swapped` facts as well: their
     answers are wrong, so they can only be read.

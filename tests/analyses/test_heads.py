@@ -312,7 +312,9 @@ def test_a_fact_in_its_context_stands_among_others_that_do_not_say_its_answer():
 
 def test_a_fact_that_can_only_be_read_needs_the_known_head(known_head):
     words = known_head.tokenizer.convert_ids_to_tokens(range(6, 46))
-    facts = [Fact(id=a, split="forget", subject=a, prompt=a, answer=b) for a, b in zip(words[::2], words[1::2])]
+    facts = [
+        Fact(id=a, split="forget", subject=a, prompt=a, answer=b) for a, b in zip(words[::2], words[1::2], strict=True)
+    ]
     asked_ = [
         fact.model_copy(update={"prompt": fact.prompt.replace(".", "").replace("\n", " ")})
         for fact in in_context(facts, among=5)
