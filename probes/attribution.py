@@ -22,6 +22,7 @@ from lethescope.errors import InputError
 from lethescope.facts import Fact
 from lethescope.measurement import fact_coords
 from lethescope.models import Model
+from lethescope.prefix import common, every_key, selected
 from lethescope.probes.prompt_words import Words, bare, words
 from lethescope.scoring import candidates, mean_over_answer, target_log_probs
 from lethescope.statistics import seeded
@@ -32,6 +33,8 @@ EXACT = 8
 """Shapley values are exact up to so many units (2^8 prompts); beyond, orders are sampled."""
 LEAST = 1e-4
 """A contribution up to so many nats is none: batches round differently."""
+LAUNCH = {"cpu": 16}
+"""What a forward pass costs beside its tokens (weights are read, kernels started), in tokens; 2048 on other devices."""
 Labels = Callable[[Fact, Sequence[str]], Sequence[Hashable]]
 Gone = frozenset[int]
 Found = tuple[Sequence[float], float, float]  # contributions, log-probability of the whole prompt, of the baseline
@@ -52,7 +55,8 @@ def measure(
 
     `LP(x) = mean_t log p(y_t | x, y_<t)`, where y are the tokens of the fact's answer and stay the same. Methods:
 
-    - `leave_one_out`: `C_i = LP(x) - LP(x without unit i)` (unPact, arXiv 2509.24675); m + 1 short passes for m units;
+    - `leave_one_out`: `C_i = LP(x) - LP(x without unit i)` (unPact, arXiv 2509.24675); m + 1 rows for m units, of
+      which only what follows the first missing unit is run, in batches of like length;
     - `shapley`: unit i's gain, averaged over the orders in which units can be added; sums to LP(x) - LP(nothing).
       Exact up to 8 units, else over `permutations` seeded orders, half of them the other half reversed;
     - `gradient_x_input`: `sum_d e_d dLP/de_d` over the token embeddings e of the unit;
@@ -231,21 +235,35 @@ def _scored(model: Model, encoded: Sequence[Encoded], base: Sequence[int], rows:
 
     Where a cache does not keep the keys of every token (a sliding window, a recurrent state), each row is run whole.
     """
-    shared = [min(_common(e.ids, encoded[b].ids), e.start - 1) for e, b in zip(encoded, base, strict=True)]
+    shared = np.array([min(common(e.ids, encoded[b].ids), e.start - 1) for e, b in zip(encoded, base, strict=True)])
     out = np.empty(len(encoded))
-    for part in (slice(start, start + rows) for start in range(0, len(encoded), rows)):
+    for part in np.split(np.arange(len(encoded)), range(rows, len(encoded), rows)):
         longest: dict[int, int] = {}
-        for b, length in zip(base[part], shared[part], strict=True):
-            longest[b] = max(length, longest.get(b, 0))
+        for row in part:
+            longest[base[row]] = max(shared[row], longest.get(base[row], 0))
         cache = _cache(model, [encoded[b].ids[:length] for b, length in longest.items()])
-        owner = [list(longest).index(b) for b in base[part]]
-        out[part] = _continued(model, encoded[part], shared[part], cache, torch.tensor(owner, device=model.device))
+        known = shared[part] * (cache is not None)
+        owner = np.array([list(longest).index(base[row]) for row in part])
+        width = [len(encoded[row].ids) - k for row, k in zip(part, known, strict=True)]
+        for chosen in _batches(width, LAUNCH.get(model.device.type, 2048)):
+            few = [encoded[row] for row in part[chosen]]
+            out[part[chosen]] = _continued(model, few, known[chosen].tolist(), selected(cache, owner[chosen].tolist()))
     return out
 
 
-def _common(one: Sequence[int], other: Sequence[int]) -> int:
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+def _batches(widths: Sequence[int], launch: int) -> list[list[int]]:
+    """Cut rows into batches of like width, at the least cost: all places, padded ones too, and `launch` more a batch.
+
+    >>> _batches([9, 2, 2, 8], 3), _batches([9, 2, 2, 8], 99)
+    ([[1, 2], [3, 0]], [[1, 2, 3, 0]])
+    """
+    order = sorted(range(len(widths)), key=widths.__getitem__)
+    last = {widths[row]: place + 1 for place, row in enumerate(order)}
+    best: dict[int, tuple[int, list[list[int]]]] = {0: (0, [])}
+    for width, stop in last.items():
+        cost, start = min((cost + launch + (stop - start) * width, start) for start, (cost, _) in best.items())
+        best[stop] = cost, [*best[start][1], order[start:stop]]
+    return best[len(order)][1]
 
 
 def _cache(model: Model, prefixes: Sequence[tuple[int, ...]]) -> Any:
@@ -254,31 +272,29 @@ def _cache(model: Model, prefixes: Sequence[tuple[int, ...]]) -> Any:
     if not width:
         return None
     batch = collate([Encoded(p or (0,), 0) for p in prefixes], pad_id(model.tokenizer), device=model.device)
-    cache = getattr(model.module(**batch.inputs(), use_cache=True, logits_to_keep=1), "past_key_values", None)
-    kept = [
-        None if getattr(layer, "is_sliding", False) else getattr(layer, "keys", None)
-        for layer in getattr(cache, "layers", ())
-    ]
-    return cache if kept and all(keys is not None and keys.shape[-2] == width for keys in kept) else None
+    run = model.module(**batch.inputs(), use_cache=True, logits_to_keep=1)
+    return every_key(getattr(run, "past_key_values", None), width)
 
 
-def _continued(
-    model: Model, encoded: Sequence[Encoded], shared: Sequence[int], cache: Any, owner: Tensor
-) -> Float[np.ndarray, " row"]:
-    """Run what comes after the shared beginnings, with the answers at the right edge, and score the answers."""
-    known = torch.tensor(shared, device=model.device) * (cache is not None)
-    rest = [Encoded(e.ids[k:], e.start - k) for e, k in zip(encoded, known.tolist(), strict=True)]
-    batch = collate(rest, pad_id(model.tokenizer), side="left", device=model.device)
+def _continued(model: Model, encoded: Sequence[Encoded], known: Sequence[int], cache: Any) -> Float[np.ndarray, " row"]:
+    """Run what comes after the known beginnings, up to what predicts the answers' last tokens, and score the answers.
+
+    Rows end at the right edge; each has its row in the cache.
+    """
+    rest = [Encoded(e.ids[k:-1], e.start - k) for e, k in zip(encoded, known, strict=True)]
+    pad, device = pad_id(model.tokenizer), model.device
+    batch = collate(rest, pad, side="left", device=device)
+    answers = collate([Encoded(e.answer, 0) for e in encoded], pad, side="left", device=device)
     inputs: dict[str, Any] = batch.inputs()
     if cache is not None:
-        cache.batch_select_indices(owner)
-        seen = torch.arange(cache.get_seq_length(), device=model.device) < known[:, None]
+        read = torch.tensor(known, device=device)[:, None]
+        seen = torch.arange(cache.get_seq_length(), device=device) < read
         inputs["attention_mask"] = torch.cat([seen.long(), batch.attention_mask], -1)
-        inputs |= {"position_ids": batch.position_ids + known[:, None], "past_key_values": cache}
-    longest = int(batch.answer_mask.sum(-1).max())
-    logits = model.module(**inputs, use_cache=cache is not None, logits_to_keep=longest + 1).logits[:, :-1]
-    log_p = target_log_probs(logits, batch.input_ids[:, -longest:])
-    return mean_over_answer(log_p, batch.answer_mask[:, -longest:]).double().cpu().numpy()
+        inputs |= {"position_ids": batch.position_ids + read, "past_key_values": cache}
+    longest = answers.input_ids.shape[1]
+    logits = model.module(**inputs, use_cache=cache is not None, logits_to_keep=longest).logits[:, -longest:]
+    log_p = target_log_probs(logits, answers.input_ids)
+    return mean_over_answer(log_p, answers.answer_mask).double().cpu().numpy()
 
 
 def _by_gradient(model: Model, prompt: _Prompt, steps: int, rows: int) -> Found:

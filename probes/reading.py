@@ -1,8 +1,6 @@
 """Many questions after one context: the context is run once, and each question continues its keys and values."""
 
-import copy
 from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,6 +10,7 @@ from torch import Tensor
 
 from lethescope.errors import InputError
 from lethescope.models import Model
+from lethescope.prefix import common, selected
 from lethescope.scoring import target_log_probs
 from lethescope.tokens import Encoded, encode, pad_id
 
@@ -66,8 +65,7 @@ def read(
 
 def _shared(encoded: Sequence[Encoded]) -> tuple[int, ...]:
     """The tokens with which all sequences begin and that come before every answer's first prediction."""
-    alike = takewhile(lambda column: len(set(column)) == 1, zip(*(e.prefix for e in encoded), strict=False))
-    return tuple(column[0] for column in alike)
+    return encoded[0].ids[: common(*(e.prefix for e in encoded))]
 
 
 def _continued(model: Model, cache: Any, ids: Sequence[int]) -> Any:
@@ -75,7 +73,7 @@ def _continued(model: Model, cache: Any, ids: Sequence[int]) -> Any:
     if not ids:
         return cache
     given = torch.tensor([list(ids)], device=model.device)
-    kept = copy.deepcopy(cache)
+    kept = selected(cache, [0])
     return model.module(input_ids=given, past_key_values=kept, use_cache=True, logits_to_keep=1).past_key_values
 
 
@@ -85,9 +83,7 @@ def _scores(model: Model, cache: Any, at: int, encoded: Sequence[Encoded]) -> Fl
     ids = torch.full((len(rest), max(map(len, rest))), pad_id(model.tokenizer))
     for row, tokens in enumerate(rest):
         ids[row, : len(tokens)] = torch.tensor(tokens)
-    kept = copy.deepcopy(cache)
-    if kept is not None:
-        kept.batch_repeat_interleave(len(rest))
+    kept = selected(cache, [0] * len(rest))
     logits: Float[Tensor, "row pos vocab"] = model.module(
         input_ids=ids.to(model.device), past_key_values=kept, use_cache=kept is not None
     ).logits
@@ -100,7 +96,7 @@ def _scores(model: Model, cache: Any, at: int, encoded: Sequence[Encoded]) -> Fl
 
 def _say(model: Model, cache: Any, prompt: Sequence[int], most: int) -> str:
     """Continue greedily; the first line that says something."""
-    kept, ids, said, text = copy.deepcopy(cache), list(prompt), list[int](), ""
+    kept, ids, said, text = selected(cache, [0]), list(prompt), list[int](), ""
     while len(said) < most and "\n" not in text:
         given = torch.tensor([ids], device=model.device)
         out = model.module(input_ids=given, past_key_values=kept, use_cache=True, logits_to_keep=1)

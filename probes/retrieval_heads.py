@@ -2,7 +2,7 @@
 
 What a model reads from its context goes through such heads; what it knows by heart hardly does. So they tell reading
 from knowing, and a model that unlearned should have kept them. Every score is of a query head. Only the rows of
-attention that are asked for are computed, one layer at a time.
+attention that are asked for are computed, one layer at a time, and what has been read is not run again.
 """
 
 import hashlib
@@ -16,12 +16,13 @@ import torch
 import xarray as xr
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import StoppingCriteriaList
+from transformers import DynamicCache, StoppingCriteriaList
 
 from lethescope.attention import attention_rows
 from lethescope.errors import InputError
 from lethescope.measurement import to_json
 from lethescope.models import Model
+from lethescope.prefix import Read
 from lethescope.probes.needles import Located, Needle, locate
 from lethescope.probes.rouge import greedy, rouge_1_recall
 from lethescope.scoring import target_log_probs
@@ -48,6 +49,8 @@ def measure(
     it (`lethescope.analyses.heads.ablation` asks that); and heads that are in place say nothing of what the weights
     still know. A model damaged by unlearning scores lower without having forgotten anything in particular: look at
     `right` first, and with `decode` at the kept share.
+
+    A needle costs one pass over it, and a short one for the empty question; with `decode` also a step a token.
 
     Args:
         model: any language model whose attention goes through transformers' attention interface.
@@ -76,9 +79,7 @@ def measure(
     found = [locate(model.tokenizer, needle) for needle in needles]
     _check_lengths(model, needles, found, most if decode else 0)
     look = partial(_decoded, most=most) if decode else _forced
-    rows = [look(model, needle, at, mode=mode) for needle, at in zip(needles, found, strict=True)]
-    for needle, row in zip(needles, rows, strict=True):
-        row["qr"] = row["qr"] - _question_mass(model, _emptied(needle, NULL))
+    rows = [_row(model, needle, at, partial(look, mode=mode)) for needle, at in zip(needles, found, strict=True)]
     return _dataset(model, needles, rows, {"mode": mode, "decode": decode, "most": most if decode else 0}, seed)
 
 
@@ -127,7 +128,8 @@ def qr_score(model: Model, needle: Needle, *, null: str = NULL) -> Scores:
     Raises:
         InputError: the needle cannot be tokenised, or the model does not use the attention interface.
     """
-    more: Scores = _question_mass(model, needle) - _question_mass(model, _emptied(needle, null))
+    read = Read()
+    more: Scores = _question_mass(model, needle, read) - _question_mass(model, _emptied(needle, null), read)
     return more
 
 
@@ -136,10 +138,11 @@ def _emptied(needle: Needle, null: str) -> Needle:
     return replace(needle, prompt=needle.prompt[:first] + null + needle.prompt[last:], question=null)
 
 
-def _question_mass(model: Model, needle: Needle) -> Scores:
+def _question_mass(model: Model, needle: Needle, read: Read) -> Scores:
+    """Attention of a question on the answer; what has been read is not run again."""
     at = locate(model.tokenizer, needle)
-    prompt, question = at.encoded.ids[: at.encoded.start], range(*at.question)
-    found: Scores = _look(model, [prompt], question, lambda rows: _mass(rows, at))[0]
+    prompt = at.encoded.ids[: at.encoded.start]
+    found: Scores = _look(model, [prompt], range(*at.question), lambda rows: _mass(rows, at), read=read)[0]
     return found
 
 
@@ -192,25 +195,32 @@ def _look(
     places: Sequence[int],
     reduce: Callable[[Tensor], Tensor],
     keep: int = 1,
+    read: Read | None = None,
 ) -> tuple[Float[np.ndarray, "layer head *rest"], Float[Tensor, "batch keep vocab"]]:
-    """Run sequences of one length once; reduce each layer's rows (batch head row key) to numbers per head, (head …)."""
+    """Run sequences of one length once; reduce each layer's rows (batch head row key) to numbers per head, (head …).
+
+    A single sequence goes on from what has been `read`, as far as it begins alike, and is then what has been read.
+    """
     found: dict[int, np.ndarray] = {}
+    known, cache = (0, None) if read is None else (read.back(ids[0], min(places)), read.cache)
 
     def see(layer: int, rows: Float[Tensor, "batch head row key"]) -> None:
         found[layer] = reduce(rows).double().cpu().numpy()
 
-    with attention_rows(model, places, see):
-        given = torch.tensor([list(row) for row in ids], device=model.device)
-        logits = model.module(input_ids=given, use_cache=False, logits_to_keep=keep).logits
+    with attention_rows(model, [place - known for place in places], see):
+        given = torch.tensor([list(row[known:]) for row in ids], device=model.device)
+        run = model.module(input_ids=given, past_key_values=cache, use_cache=read is not None, logits_to_keep=keep)
+    if read is not None:
+        read.keep(ids[0], getattr(run, "past_key_values", None))
     shape = np.max([array.shape for array in found.values()], axis=0)
     out = np.full((len(model.blocks), *shape), np.nan)
     for layer, array in found.items():
         out[layer, : len(array)] = array
-    return out, logits[:, -keep:]
+    return out, run.logits[:, -keep:]
 
 
 def _copying(
-    model: Model, at: Located, said: Sequence[int], mode: Mode
+    model: Model, at: Located, said: Sequence[int], mode: Mode, read: Read | None = None
 ) -> tuple[Scores, Scores, Float[Tensor, "token vocab"], Int[Tensor, " token"]]:
     """Look at the heads while `said` follows the prompt: row start - 1 + t predicts said[t].
 
@@ -226,37 +236,50 @@ def _copying(
         return torch.stack([copy_score(copies, targets, wanted, mode), _mass(rows[:, :, : len(question)], at)], -1)
 
     places = [*question, *range(len(prompt) - 1, len(ids) - 1)]
-    found, logits = _look(model, [ids[:-1].tolist()], places, both, keep=len(said))
+    found, logits = _look(model, [ids[:-1].tolist()], places, both, keep=len(said), read=read)
     return found[..., 0], found[..., 1], logits[0], targets
 
 
-def _forced(model: Model, _needle: Needle, at: Located, mode: Mode) -> dict[str, Any]:
+def _row(model: Model, needle: Needle, at: Located, look: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+    """Look at the heads, then ask nothing in the question's place: the context before it is run once."""
+    read = Read()
+    row = look(model, needle, at, read=read)
+    return row | {"qr": row["qr"] - _question_mass(model, _emptied(needle, NULL), read)}
+
+
+def _forced(model: Model, _needle: Needle, at: Located, mode: Mode, read: Read) -> dict[str, Any]:
     """Feed the true answer."""
-    scores, mass, logits, targets = _copying(model, at, at.encoded.answer, mode)
+    scores, mass, logits, targets = _copying(model, at, at.encoded.answer, mode, read)
     right = bool((logits.argmax(-1) == targets).all())
     log_probability = float(target_log_probs(logits, targets).mean())
     return {"score": scores, "qr": mass, "kept": True, "right": right, "log_probability": log_probability}
 
 
-def _decoded(model: Model, needle: Needle, at: Located, mode: Mode, most: int) -> dict[str, Any]:
+def _decoded(model: Model, needle: Needle, at: Located, mode: Mode, read: Read, most: int) -> dict[str, Any]:
     """Let the model say what it says, then look at the rows that predicted it: in a causal model, the same rows."""
-    said = _say(model, at.encoded.ids[: at.encoded.start], most)
+    said = _say(model, at.encoded.ids[: at.encoded.start], most, read)
     text = model.tokenizer.decode(said, skip_special_tokens=True)
     kept = rouge_1_recall(text, needle.answer) > GATE
-    scores, mass, *_ = _copying(model, at, said, mode)
+    scores, mass, *_ = _copying(model, at, said, mode, read)
     right = tuple(said[: len(at.encoded.answer)]) == at.encoded.answer
     scores = scores if kept else np.full_like(scores, np.nan)
     return {"score": scores, "qr": mass, "kept": kept, "right": right, "continuation": text}
 
 
-def _say(model: Model, prompt: Sequence[int], most: int) -> list[int]:
-    """Continue greedily, at most so many tokens, until a token with a line break or the end of the text; both stay."""
+def _say(model: Model, prompt: Sequence[int], most: int, read: Read) -> list[int]:
+    """Continue greedily, at most so many tokens, until a token with a line break or the end of the text; both stay.
+
+    All but the last token has then been read.
+    """
 
     def line_ends(ids: Tensor, _scores: Any, **_: Any) -> Bool[Tensor, " batch"]:
         return torch.tensor(["\n" in model.tokenizer.decode(row[-1:]) for row in ids], device=ids.device)
 
-    stops = StoppingCriteriaList([line_ends])
-    return greedy(model, [Encoded(tuple(prompt), len(prompt))], most, stopping_criteria=stops)[0]
+    stops, cache = StoppingCriteriaList([line_ends]), DynamicCache(config=model.module.config)
+    asked = Encoded(tuple(prompt), len(prompt))
+    said = greedy(model, [asked], most, stopping_criteria=stops, past_key_values=cache)[0]
+    read.keep([*prompt, *said[:-1]], cache)
+    return said
 
 
 def _limit(model: Model) -> int:

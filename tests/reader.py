@@ -24,8 +24,8 @@ class Seen:
     def __init__(self, ids):
         self.ids = ids
 
-    def batch_repeat_interleave(self, n):
-        self.ids = self.ids.repeat_interleave(n, 0)
+    def batch_select_indices(self, rows):
+        self.ids = self.ids[rows]
 
 
 class Reader(torch.nn.Module):

@@ -244,7 +244,7 @@ def test_feeding_the_answer_equals_decoding_where_the_model_answers_rightly(know
     assert right.mean() > 0.7 and decoded["kept"].values[right].all()
     np.testing.assert_array_equal(decoded["right"], right)
     np.testing.assert_array_equal(decoded["score"][right], forced["score"][right])
-    np.testing.assert_array_equal(decoded["qr"], forced["qr"])
+    np.testing.assert_allclose(decoded["qr"], forced["qr"], atol=1e-6)  # one goes on from the keys of what was said
     assert decoded.attrs["kept_share"] == decoded["kept"].values.mean()
 
 
