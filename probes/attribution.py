@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import xarray as xr
 from einops import einsum, repeat
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -272,8 +272,16 @@ def _cache(model: Model, prefixes: Sequence[tuple[int, ...]]) -> Any:
     if not width:
         return None
     batch = collate([Encoded(p or (0,), 0) for p in prefixes], pad_id(model.tokenizer), device=model.device)
-    run = model.module(**batch.inputs(), use_cache=True, logits_to_keep=1)
+    run = model.module(**batch.inputs(), use_cache=True, logits_to_keep=_last(1))
     return every_key(getattr(run, "past_key_values", None), width)
+
+
+def _last(n: int) -> Int[Tensor, " place"]:
+    """Return the last n places as an index. Told the number, a model takes a view of them and multiplies row by row.
+
+    On a processor that makes the output layer some ten times slower.
+    """
+    return torch.arange(-n, 0)
 
 
 def _continued(model: Model, encoded: Sequence[Encoded], known: Sequence[int], cache: Any) -> Float[np.ndarray, " row"]:
@@ -292,7 +300,7 @@ def _continued(model: Model, encoded: Sequence[Encoded], known: Sequence[int], c
         inputs["attention_mask"] = torch.cat([seen.long(), batch.attention_mask], -1)
         inputs |= {"position_ids": batch.position_ids + read, "past_key_values": cache}
     longest = answers.input_ids.shape[1]
-    logits = model.module(**inputs, use_cache=cache is not None, logits_to_keep=longest).logits[:, -longest:]
+    logits = model.module(**inputs, use_cache=cache is not None, logits_to_keep=_last(longest)).logits[:, -longest:]
     log_p = target_log_probs(logits, answers.input_ids)
     return mean_over_answer(log_p, answers.answer_mask).double().cpu().numpy()
 
@@ -343,7 +351,8 @@ def _slopes(model: Model, embedded: Float[Tensor, "row pos d"], encoded: Encoded
 def _log_probs(model: Model, embedded: Float[Tensor, "row pos d"], encoded: Encoded) -> Float[Tensor, " row"]:
     """Mean log-probability of the answer's tokens after embedded prompts."""
     answer = repeat(torch.tensor(encoded.answer, device=model.device), "token -> row token", row=len(embedded))
-    logits = model.module(inputs_embeds=embedded, use_cache=False, logits_to_keep=len(encoded.answer) + 1).logits
+    kept = _last(len(encoded.answer) + 1)
+    logits = model.module(inputs_embeds=embedded, use_cache=False, logits_to_keep=kept).logits
     return target_log_probs(logits[:, :-1], answer).mean(-1)
 
 

@@ -189,7 +189,7 @@ class LooksAtOneWord(nn.Module):
         read = ((ids == self.key) & attention_mask.bool()).cumsum(1) > 0
         logits = torch.zeros(*ids.shape, self.size)
         logits[..., self.answer] = self.strength * read
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:], past_key_values=Seen(ids))
+        return SimpleNamespace(logits=logits[:, logits_to_keep], past_key_values=Seen(ids))
 
 
 def looks_at(word, facts):
@@ -293,7 +293,7 @@ class Linear(nn.Module):
         size = self.embedding.num_embeddings
         rest = torch.log1p(-log_p.exp()) - np.log(size - 1)
         logits = torch.where(torch.arange(size) == self.answer, log_p[..., None], rest[..., None])
-        return SimpleNamespace(logits=logits[:, -logits_to_keep:])
+        return SimpleNamespace(logits=logits[:, logits_to_keep])
 
 
 def test_the_gradient_methods_are_exact_for_a_linear_model():
@@ -309,7 +309,9 @@ def test_the_gradient_methods_are_exact_for_a_linear_model():
         for unit, found in enumerate(row(measure(model, [one], method="gradient_x_input"))):
             mine = torch.tensor([o == unit for o in owner])
             grown = torch.where(mine[:, None], (1 + step) * e, e)
-            difference = [module(x[None], 1).logits.log_softmax(-1)[0, -1, module.answer] for x in (grown, e)]
+            difference = [
+                module(x[None], torch.tensor([-1])).logits.log_softmax(-1)[0, -1, module.answer] for x in (grown, e)
+            ]
             assert found == pytest.approx(slope[mine].sum().item(), abs=1e-5)
             assert found == pytest.approx(((difference[0] - difference[1]) / step).item(), abs=1e-3)
     integrated = measure(model, [one], method="integrated_gradients", steps=1)
